@@ -1,0 +1,1355 @@
+"""Preference training with MixDPO or DPO: one command from preference pairs to an exported policy.
+
+Try it (no network, no GPU, about a minute):
+
+    python train.py --preset tiny --dist gamma
+
+Train a real model on 8 GPUs, or on one:
+
+    torchrun --nproc_per_node 8 train.py --dist gamma --model EleutherAI/pythia-2.8b --dataset hh
+    python train.py --dist lognormal --dataset my_pairs.jsonl --output-dir runs/mine
+
+The stages, in the order of this file: read the preference data and split it; tokenise and truncate, counting what is
+lost; SFT on the chosen responses (once per model and data set, share it with --sft-dir); one pass of the reference
+model, whose log-probs are cached (share them with --reference-cache); training of the policy; export.
+
+A run leaves in --output-dir: config.json (every flag), data.json (rows read, dropped, truncated, and why),
+metrics.jsonl (one object a line), reference.safetensors, policy/ (loads with from_pretrained), strength.json.
+
+Every rank is a process under FSDP2, also when there is only one, so that there is one code path. Data order and Monte
+Carlo draws are functions of the seed and the position in the data: they do not depend on the number of ranks.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import gc
+import gzip
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import datasets
+import huggingface_hub
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from datasets.exceptions import DatasetGenerationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+from mixdpo import Gamma, LogNormal, PointMass, mixdpo_loss
+
+Strength = PointMass | LogNormal | Gamma
+
+
+class UserError(Exception):
+    """A mistake of the user's: main() prints it as one line and exits with status 2."""
+
+
+# --- configuration: the single source of flags, help and config.json -------------------------------------------------
+
+
+def flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    dist: Literal["dpo", "lognormal", "gamma"] = flag("gamma", "distribution of the preference strength beta")
+    preset: Literal["none", "tiny"] = flag(
+        "none", "tiny: random-weight model, byte tokenizer, demo data; other flags win"
+    )
+    model: str = flag("EleutherAI/pythia-2.8b", "hub id or local directory (safetensors); 'tiny' is built in code")
+    dataset: str = flag("hh", "hh, demo, or a .jsonl, .csv or .parquet file with prompt, chosen, rejected")
+    data_dir: str = flag("", "local copy of the data set's hub repository, instead of a download")
+    output_dir: str = flag("", "where the run goes; runs/<model>-<dataset>-<dist> when empty")
+    sft_dir: str = flag("", "SFT checkpoint to start from, trained there if absent; <output-dir>/sft when empty")
+    reference_cache: str = flag(
+        "", "reference log-probs, shared by a sweep; <output-dir>/reference.safetensors when empty"
+    )
+
+    beta: float = flag(0.1, "dpo: the fixed strength")
+    loc: float = flag(-2.3, "lognormal: initial mean of log beta")
+    scale: float = flag(0.6, "lognormal: initial standard deviation of log beta")
+    estimator: Literal["monte_carlo", "quadrature"] = flag("monte_carlo", "lognormal: the paper's, or deterministic")
+    samples: int = flag(16, "lognormal: Monte Carlo draws per pair")
+    concentration: float = flag(2.0, "gamma: initial shape")
+    rate: float = flag(16.7, "gamma: initial rate")
+    beta_lr: float = flag(1e-4, "learning rate of the strength parameters; 0 keeps them fixed")
+
+    batch_size: int = flag(64, "pairs per update, over all ranks")
+    eval_batch_size: int = flag(32, "pairs scored at once in evaluation and in the reference pass, over all ranks")
+    micro_batch_tokens: int = flag(8192, "tokens a rank holds at once, padding included; lower it when memory is short")
+    lr: float = flag(5e-7, "learning rate of the policy (RMSprop)")
+    warmup: int = flag(150, "updates of linear warm-up, then constant")
+    max_grad_norm: float = flag(1.0, "clipping of the policy's gradient; the strength's gradient is not clipped")
+    max_length: int = flag(128, "tokens of prompt and response together")
+    max_prompt_length: int = flag(64, "tokens kept of a prompt that has to be cut (its end)")
+    eval_every: int = flag(1984, "examples between evaluations, rounded down to whole updates")
+    eval_pairs: int = flag(425, "validation pairs per evaluation")
+    max_pairs: int = flag(55_000, "training pairs, sampled after the split")
+    epochs: int = flag(1, "passes over the training pairs")
+    seed: int = flag(0, "seeds the split, the sampling, the order, the draws and random weights")
+    sft_lr: float = flag(5e-7, "learning rate of SFT (RMSprop, same warm-up)")
+    sft_epochs: int = flag(1, "passes of SFT over the chosen responses")
+    policy_dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "compute dtype over float32 master weights")
+    reference_dtype: Literal["bfloat16", "float32"] = flag("float32", "compute dtype of the reference pass")
+    demo_heterogeneity: float = flag(0.5, "demo: coefficient of variation of the annotators' strength, 0 for none")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    # Learns the demo data in about a minute on two cores: 0.8 M parameters, 30 SFT updates, 31 of preference training.
+    "tiny": {
+        "model": "tiny",
+        "dataset": "demo",
+        "max_pairs": 1984,
+        "eval_every": 640,
+        "lr": 1e-4,
+        "warmup": 5,
+        "beta_lr": 1e-3,
+        "sft_lr": 1e-3,
+        "sft_epochs": 2,
+        "policy_dtype": "float32",
+    },
+}
+
+# What a run leaves may be compared and shared whatever these are.
+LOCATION_FLAGS = ("output_dir", "sft_dir", "reference_cache", "data_dir", "preset")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see --help")
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
+    """Adds a flag for each field of Config (or for those named)."""
+    for f in dataclasses.fields(Config):
+        if names is not None and f.name not in names:
+            continue
+        kwargs: dict[str, Any] = {"default": f.default, "help": f"{f.metadata['help']} (default: {f.default!r})"}
+        if get_origin(f.type) is Literal:
+            kwargs["choices"] = get_args(f.type)
+        else:
+            kwargs["type"] = f.type
+            kwargs["metavar"] = str(getattr(f.type, "__name__", f.type)).upper()
+        parser.add_argument("--" + f.name.replace("_", "-"), **kwargs)
+
+
+def parse_config(argv: Sequence[str] | None = None) -> Config:
+    parser = Parser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_flags(parser)
+    preset = parser.parse_args(argv).preset
+    parser.set_defaults(**PRESETS[preset])
+    config = Config(**vars(parser.parse_args(argv)))
+    name = f"{Path(config.model).name}-{Path(config.dataset).stem}-{config.dist}"
+    output_dir = config.output_dir or f"runs/{name}"
+    return check_config(
+        dataclasses.replace(
+            config,
+            output_dir=output_dir,
+            sft_dir=config.sft_dir or f"{output_dir}/sft",
+            reference_cache=config.reference_cache or f"{output_dir}/reference.safetensors",
+        )
+    )
+
+
+def check_config(config: Config) -> Config:
+    positive: tuple[str, ...] = (
+        "beta",
+        "scale",
+        "concentration",
+        "rate",
+        "lr",
+        "sft_lr",
+        "max_grad_norm",
+        "samples",
+        "batch_size",
+    )
+    positive += ("eval_batch_size", "micro_batch_tokens", "max_prompt_length", "eval_every", "eval_pairs", "max_pairs")
+    for name in (*positive, "epochs"):
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"--{name.replace('_', '-')} must be finite and > 0, got {value}")
+    for name in ("beta_lr", "warmup", "sft_epochs", "demo_heterogeneity", "seed"):
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"--{name.replace('_', '-')} must be finite and >= 0, got {value}")
+    if not math.isfinite(config.loc):
+        raise UserError(f"--loc must be finite, got {config.loc}")
+    if config.max_prompt_length >= config.max_length:
+        raise UserError(
+            f"--max-prompt-length {config.max_prompt_length} leaves no room for a response in --max-length "
+            f"{config.max_length}: lower the first or raise the second"
+        )
+    if config.micro_batch_tokens < 2 * config.max_length:
+        raise UserError(
+            f"--micro-batch-tokens {config.micro_batch_tokens} cannot hold one pair of --max-length "
+            f"{config.max_length}: at least {2 * config.max_length}"
+        )
+    return config
+
+
+# --- files: written aside, then renamed, so that a half-written file is never taken for a whole one ------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({e}): remove it, or point to another directory") from e
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    return ", ".join(f"{k} {old.get(k)!r} there, {new.get(k)!r} here" for k in keys)
+
+
+def claim_output_dir(config: Config) -> None:
+    """Writes config.json, or refuses a directory that holds another run or something else."""
+    path = Path(config.output_dir)
+    mine = {k: v for k, v in dataclasses.asdict(config).items() if k not in LOCATION_FLAGS}
+    try:
+        if (path / "config.json").exists():
+            found = read_json(path / "config.json")
+            theirs = {k: v for k, v in found.items() if k not in LOCATION_FLAGS}
+            if theirs != mine:
+                raise UserError(
+                    f"--output-dir {path} holds a run of another configuration ({differences(theirs, mine)}): "
+                    "choose another directory"
+                )
+            if (path / "strength.json").exists():
+                raise UserError(
+                    f"--output-dir {path} holds this very run, finished: choose another directory to repeat it"
+                )
+            if (path / "metrics.jsonl").exists():
+                raise UserError(
+                    f"--output-dir {path} holds this run, unfinished: remove its metrics.jsonl to train again from the "
+                    "SFT checkpoint, or choose another directory"
+                )
+        elif path.exists() and any(p.name != "sft" for p in path.iterdir()):
+            raise UserError(f"--output-dir {path} is not empty and holds no config.json: choose another directory")
+        write_json(path / "config.json", dataclasses.asdict(config))
+    except OSError as e:
+        raise UserError(f"--output-dir {path} cannot be written ({e}): choose another directory") from e
+
+
+# --- data: every loader yields prompt, chosen, rejected, annotator, conversation, turn, and attribute columns --------
+
+COLUMNS = ("prompt", "chosen", "rejected", "annotator", "conversation", "turn")
+SPLITS = ("train", "validation", "test")
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # rows cached by other code are not taken for ours
+HH_ID = "Anthropic/hh-rlhf"
+HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+Row = dict[str, Any]
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) for each line of a .jsonl or .jsonl.gz file."""
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")  # noqa: SIM115
+    number = 0
+    try:
+        with opened as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    value = json.loads(line)
+                    if not isinstance(value, dict):
+                        raise UserError(f"{path}, line {number}: expected a JSON object, got {type(value).__name__}")
+                    yield number, value
+    except json.JSONDecodeError as e:
+        raise UserError(
+            f"{path}, line {number}: not JSON ({e.msg} at column {e.colno}): repair or remove the line"
+        ) from e
+    except (OSError, EOFError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}, after line {number}: cannot be read ({e}): the file may be incomplete") from e
+
+
+def split_hh(text: str) -> tuple[str, str]:
+    """(dialogue up to and with its last "Assistant:", the rest)."""
+    cut = text.rfind(ASSISTANT) + len(ASSISTANT)
+    return text[:cut], text[cut:]
+
+
+def hh_row(subset: str, source: dict[str, Any]) -> Row:
+    """One HH comparison; the response keeps one leading space, as the prompt ends at the colon."""
+    row: Row = dict.fromkeys((*COLUMNS, "dropped")) | {"subset": subset}
+    chosen, rejected = source.get("chosen"), source.get("rejected")
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return row | {"dropped": "field is not a string"}
+    if ASSISTANT not in chosen or ASSISTANT not in rejected:
+        return row | {"dropped": "no Assistant turn"}
+    prompt, chosen = split_hh(chosen)
+    other, rejected = split_hh(rejected)
+    opening = prompt.split(ASSISTANT)[0].removeprefix(HUMAN).strip()
+    row |= {"prompt": prompt, "chosen": " " + chosen.strip(), "rejected": " " + rejected.strip()}
+    row |= {"conversation": opening, "turn": prompt.count(HUMAN) - 1}
+    if HUMAN in chosen or HUMAN in rejected:
+        return row | {"dropped": "last turn is Human"}
+    if prompt != other:
+        return row | {"dropped": "prompts differ"}
+    return row
+
+
+def read_hh(files: list[str]) -> Iterator[Row]:
+    for file in files:
+        path = Path(file)
+        for _, source in read_lines(path):
+            yield hh_row(path.parent.name, source) | {"source": path.name.split(".")[0]}
+
+
+def read_table(path: Path) -> Iterator[dict[str, Any]]:
+    if path.suffix == ".jsonl":
+        yield from (row for _, row in read_lines(path))
+    elif path.suffix == ".csv":
+        try:
+            with open(path, encoding="utf-8", newline="") as f:
+                yield from csv.DictReader(f, strict=True)
+        except (OSError, UnicodeDecodeError, csv.Error) as e:
+            raise UserError(f"{path} cannot be read as CSV ({e}): repair it, or convert it to .jsonl") from e
+    else:
+        try:
+            yield from datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+        except (OSError, ValueError, DatasetGenerationError) as e:
+            raise UserError(f"{path} cannot be read as Parquet ({e.__cause__ or e}): the file may be incomplete") from e
+
+
+def read_local(files: list[str], attributes: list[str]) -> Iterator[Row]:
+    """A user's own table; any column but those of COLUMNS is an attribute."""
+    for source in read_table(Path(files[0])):
+        row: Row = dict.fromkeys((*COLUMNS, "dropped"))
+        row |= {
+            k: None if source.get(k) is None else str(source[k]) for k in ("annotator", "conversation", *attributes)
+        }
+        texts = {k: source.get(k) for k in ("prompt", "chosen", "rejected")}
+        if all(isinstance(text, str) for text in texts.values()):
+            yield row | texts
+        else:
+            yield row | {"dropped": "field is not a string"}
+
+
+DEMO_TOPICS = (
+    "river harbour market garden library station bakery museum valley bridge castle orchard island theatre".split()
+)
+DEMO_WORDS = {
+    1: "lovely splendid superb charming radiant gentle".split(),
+    0: "plain common usual ordinary typical average".split(),
+    -1: "dreadful shabby dismal awful rotten gloomy".split(),
+}
+
+
+def read_demo(heterogeneity: float, annotators: int = 120, pairs_each: int = 40) -> Iterator[Row]:
+    """Choices drawn from the mixed logit model with a known strength distribution; no text of anybody's.
+
+    A response holds three adjectives worth +1, 0 or -1; its quality is their sum. Annotator i prefers the first of two
+    responses with probability sigma(2 s_i * difference), s_i ~ Gamma with mean 1 and cv = heterogeneity (1 for all if
+    0). Attributes: `conviction` (the weaker and the stronger half of the annotators) is planted, `region` is noise.
+    """
+    rng = np.random.default_rng(20260106)
+    shape = 1 / heterogeneity**2 if heterogeneity else math.inf
+    strengths = rng.gamma(shape, 1 / shape, annotators) if heterogeneity else np.ones(annotators)
+    stronger = np.argsort(np.argsort(strengths)) >= annotators // 2
+    regions = rng.choice(["north", "south", "east", "west"], annotators)
+    for i in range(annotators):
+        for j in range(pairs_each):
+            topic = DEMO_TOPICS[rng.integers(len(DEMO_TOPICS))]
+            values = rng.integers(-1, 2, (2, 3))
+            words = [[DEMO_WORDS[v][rng.integers(6)] for v in row] for row in values.tolist()]
+            texts = [f" The {topic} is {a}, {b} and {c}." for a, b, c in words]
+            difference = int(values[0].sum() - values[1].sum())
+            first = rng.random() < 1 / (1 + math.exp(-2 * strengths[i] * difference))
+            chosen, rejected = texts if first else texts[::-1]
+            yield {
+                "prompt": f"Human: What is the {topic} like?\nAssistant:",
+                "chosen": chosen,
+                "rejected": rejected,
+                "annotator": f"annotator{i}",
+                "conversation": f"annotator{i}-{j}",
+                "turn": 0,
+                "dropped": None,
+                "conviction": "stronger" if stronger[i] else "weaker",
+                "region": str(regions[i]),
+            }
+
+
+def hh_files(data_dir: str) -> list[str]:
+    if not data_dir:
+        try:
+            patterns = [f"{subset}/*.jsonl.gz" for subset in HH_SUBSETS]
+            data_dir = huggingface_hub.snapshot_download(HH_ID, repo_type="dataset", allow_patterns=patterns)
+        except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
+            raise UserError(
+                f"data set {HH_ID} cannot be reached ({str(e).splitlines()[0]}): pass --data-dir with a local copy of "
+                "the repository, or --dataset demo"
+            ) from e
+    files = [str(p) for subset in HH_SUBSETS for p in sorted(Path(data_dir, subset).glob("*.jsonl.gz"))]
+    if not files:
+        raise UserError(f"--data-dir {data_dir} holds no {{{','.join(HH_SUBSETS)}}}/*.jsonl.gz: pass a copy of {HH_ID}")
+    return files
+
+
+def read_preferences(dataset: str, data_dir: str = "", heterogeneity: float = 0.5) -> datasets.Dataset:
+    """All rows of a data set with COLUMNS, its attributes, `source` (the file's own split, or null) and `dropped`.
+
+    `dropped` is null or the reason why a row is not used. The result is cached by `datasets`, keyed by the files.
+    """
+    attributes: list[str] = []
+    files: list[str] = []
+    reader: Callable[..., Iterator[Row]]
+    arguments: dict[str, Any]
+    if dataset == "demo":
+        attributes, reader, arguments = ["conviction", "region"], read_demo, {"heterogeneity": heterogeneity}
+    elif dataset == "hh":
+        files = hh_files(data_dir)
+        attributes, reader, arguments = ["subset"], read_hh, {"files": files}
+    elif Path(dataset).suffix in (".jsonl", ".csv", ".parquet"):
+        path = Path(data_dir, dataset)
+        if not path.is_file():
+            raise UserError(f"--dataset {path} does not exist: pass hh, demo, or a .jsonl, .csv or .parquet file")
+        columns: dict[str, None] = {}
+        for row in read_table(path):
+            columns |= dict.fromkeys(k for k in row if k is not None)
+        missing = [c for c in ("prompt", "chosen", "rejected") if c not in columns]
+        if missing:
+            found = ", ".join(columns) or "no rows"
+            raise UserError(f"{path} lacks the column {missing[0]} (found: {found}): rename or add it")
+        attributes, files = [c for c in columns if c not in (*COLUMNS, "source", "dropped")], [str(path)]
+        reader, arguments = read_local, {"files": files, "attributes": attributes}
+    else:
+        raise UserError(f"--dataset {dataset!r} is unknown: pass hh, demo, or a .jsonl, .csv or .parquet file")
+
+    stamps = [(str(Path(f).resolve()), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+    features = {name: datasets.Value("string") for name in (*COLUMNS, *attributes, "source", "dropped")}
+    features["turn"] = datasets.Value("int32")
+    defaults = dict.fromkeys(features)
+
+    def rows() -> Iterator[Row]:
+        for row in reader(**arguments):
+            if row["dropped"] is None:
+                row["dropped"] = unusable(row)
+            yield defaults | row
+
+    try:
+        return datasets.Dataset.from_generator(
+            rows, features=datasets.Features(features), fingerprint=digest("rows", CODE, dataset, stamps, heterogeneity)
+        )
+    except DatasetGenerationError as e:
+        raise (e.__cause__ if isinstance(e.__cause__, UserError) else e) from None
+
+
+def unusable(row: Row) -> str | None:
+    if not row["prompt"]:
+        return "empty prompt"
+    if not (row["chosen"].strip() and row["rejected"].strip()):
+        return "empty response"
+    return "identical responses" if row["chosen"] == row["rejected"] else None
+
+
+def digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
+
+
+def uniform(seed: int, group: str) -> float:
+    """A number in [0, 1) that depends on nothing but the seed and the group."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{group}".encode()).digest()[:8], "big") / 2**64
+
+
+def split_preferences(rows: datasets.Dataset, seed: int = 0) -> tuple[dict[str, datasets.Dataset], dict[str, Any]]:
+    """Splits by annotator where every row has one, else by conversation, else by prompt; and counts every row.
+
+    Where the files bring a test split it stays the test split, 5 % of the other groups become validation, and training
+    rows of a group that is also in test are dropped. Otherwise 80 / 10 / 10 % of the groups.
+    """
+    dropped, source = rows["dropped"][:], rows["source"][:]
+    used = np.array([d is None for d in dropped], dtype=bool)
+    columns = {name: rows[name][:] for name in ("annotator", "conversation", "prompt")}
+    unit = next(name for name, values in columns.items() if all(v is not None for v in np.array(values, object)[used]))
+    groups = columns[unit]
+    counts = Counter(d for d in dropped if d is not None)
+    has_test = {"train", "test"} <= set(source)
+    test_groups = {g for g, s, u in zip(groups, source, used, strict=True) if u and s == "test"} if has_test else set()
+    members: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for i in np.flatnonzero(used).tolist():
+        draw = uniform(seed, groups[i])
+        if not has_test:
+            members["train" if draw < 0.8 else "validation" if draw < 0.9 else "test"].append(i)
+        elif source[i] == "test":
+            members["test"].append(i)
+        elif groups[i] in test_groups:
+            counts[f"{unit} also in test"] += 1
+        else:
+            members["train" if draw < 0.95 else "validation"].append(i)
+    hidden = ["source", "dropped"]
+    splits = {name: rows.select(index).remove_columns(hidden) for name, index in members.items()}
+    carved = "train and validation carved from the training files" if has_test else "carved 80/10/10"
+    summary = {
+        "rows_read": len(rows),
+        "rows_dropped": dict(counts),
+        "split_by": unit,
+        "split": f"{carved} by {unit}, seed {seed}",
+        "rows": {name: len(index) for name, index in members.items()},
+    }
+    return splits, summary
+
+
+def load_preferences(
+    dataset: str, split: str, data_dir: str | None = None, *, seed: int = 0, heterogeneity: float = 0.5
+) -> datasets.Dataset:
+    """One split (train, validation or test) of a preference data set: COLUMNS and the attribute columns.
+
+    dataset: "hh", "demo", or a .jsonl, .csv or .parquet file. data_dir: a local copy of the hub's repository.
+    Raises UserError for an unknown data set or split, a missing column, an unreadable file, or an empty split.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split {split!r} is unknown: one of {', '.join(SPLITS)}")
+    splits, _ = split_preferences(read_preferences(dataset, data_dir or "", heterogeneity), seed)
+    if not len(splits[split]):
+        raise UserError(f"the {split} split of {dataset} is empty: pass a larger file")
+    return splits[split]
+
+
+def sample(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
+    """At most `count` rows, seeded, in the order of the data."""
+    if len(rows) <= count:
+        return rows
+    return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:count]))
+
+
+# --- tokens: prompt and responses tokenised apart, joined as ids, exactly one EOS, last ------------------------------
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, plus EOS and padding."""
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|padding|>")
+
+
+def locate_model(model: str) -> str:
+    """A local directory for a hub id or a directory; only safetensors, JSON and tokenizer files are ever fetched."""
+    if model == "tiny" or Path(model, "config.json").is_file():
+        return model
+    if Path(model).is_dir():
+        raise UserError(f"--model {model} holds no config.json: pass a directory written by save_pretrained")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+        return huggingface_hub.snapshot_download(model, allow_patterns=patterns)
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
+        raise UserError(
+            f"--model {model} cannot be reached on the hub ({str(e).splitlines()[0]}): pass a local directory, or "
+            "--model tiny"
+        ) from e
+
+
+def load_tokenizer(model: str) -> Any:
+    if model == "tiny":
+        return byte_tokenizer()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"--model {model} has no tokenizer that loads ({str(e).splitlines()[0]})") from e
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"--model {model}: its tokenizer has no EOS token, so responses cannot end: set eos_token in it"
+        )
+    return tokenizer
+
+
+def model_config(model: str) -> transformers.PretrainedConfig:
+    if model == "tiny":
+        tokenizer = byte_tokenizer()
+        return LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"--model {model} has no config.json that loads ({str(e).splitlines()[0]})") from e
+
+
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    # split_special_tokens: text that spells a special token is data, not control.
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def truncate(
+    prompt: list[int], chosen: list[int], rejected: list[int], max_length: int, max_prompt_length: int, bos: list[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """The rule of the DPO reference code; `prompt` without BOS, responses with EOS.
+
+    If prompt + longer response exceed max_length, the last max_prompt_length tokens of the prompt are kept (BOS counts
+    as one of them); if they still do, both responses are cut to max_length - max_prompt_length, and a cut response has
+    no EOS.
+    """
+    longer = max(len(chosen), len(rejected))
+    if len(bos) + len(prompt) + longer > max_length:
+        prompt = prompt[max(0, len(prompt) - max_prompt_length + len(bos)) :]
+    if len(bos) + len(prompt) + longer > max_length:
+        room = max_length - max_prompt_length
+        chosen, rejected = chosen[:room], rejected[:room]
+    return bos + prompt, chosen, rejected
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Token ids of preference pairs; `rows` are their positions in the split they come from."""
+
+    prompts: list[list[int]]
+    chosen: list[list[int]]
+    rejected: list[list[int]]
+    rows: list[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self) -> str:
+        return digest(self.prompts, self.chosen, self.rejected)
+
+
+def tokenize(
+    rows: datasets.Dataset, tokenizer: Any, max_length: int, max_prompt_length: int
+) -> tuple[Pairs, dict[str, int]]:
+    """Pairs ready to score, and what tokenisation and truncation did to them; identical and empty pairs are dropped."""
+    eos = [tokenizer.eos_token_id]
+    # BOS only where the tokenizer's own convention puts one.
+    start = tokenizer("")["input_ids"]
+    bos = start[:1] if tokenizer.bos_token_id is not None and start[:1] == [tokenizer.bos_token_id] else []
+
+    def convert(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        parts = [encode(tokenizer, batch[name]) for name in ("prompt", "chosen", "rejected")]
+        out: dict[str, list[Any]] = {name: [] for name in ("prompts", "chosen", "rejected", "prompt_cut", "eos_lost")}
+        for prompt, chosen, rejected in zip(*parts, strict=True):
+            p, c, r = truncate(prompt, chosen + eos, rejected + eos, max_length, max_prompt_length, bos)
+            out["prompts"].append(p)
+            out["chosen"].append(c)
+            out["rejected"].append(r)
+            out["prompt_cut"].append(len(p) < len(bos) + len(prompt))
+            out["eos_lost"].append((len(c) <= len(chosen)) + (len(r) <= len(rejected)))
+        return out
+
+    backend = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else repr(tokenizer)
+    fingerprint = digest("tokens", CODE, rows._fingerprint, backend, eos, bos, max_length, max_prompt_length)
+    encoded = rows.map(
+        convert, batched=True, remove_columns=rows.column_names, new_fingerprint=fingerprint, desc="tokenise"
+    )
+    columns = {name: encoded[name][:] for name in encoded.column_names}
+    lost = columns["eos_lost"]
+    counts = {"pairs": len(rows), "prompt_cut": sum(columns["prompt_cut"]), "response_cut": sum(map(bool, lost))}
+    counts |= {"eos_lost": sum(lost), "dropped_empty": 0, "dropped_identical": 0}
+    keep = []
+    parts = zip(columns["prompts"], columns["chosen"], columns["rejected"], strict=True)
+    for i, (prompt, chosen, rejected) in enumerate(parts):
+        if not prompt or eos in (chosen, rejected):
+            counts["dropped_empty"] += 1
+        elif chosen == rejected:
+            counts["dropped_identical"] += 1
+        else:
+            keep.append(i)
+    prompts, chosen, rejected = ([columns[name][i] for i in keep] for name in ("prompts", "chosen", "rejected"))
+    return Pairs(prompts, chosen, rejected, keep), counts | {"used": len(keep)}
+
+
+# --- scoring: a pair is one row [prompt | chosen | rejected], so that its prompt is computed once --------------------
+
+
+class Rows(NamedTuple):
+    """A micro-batch: B rows of W tokens, prompts padded on the left so that response j starts in one column for all."""
+
+    input_ids: Tensor  # (B, W)
+    position_ids: Tensor  # (B, W), each response continues the prompt's
+    attention_mask: Tensor  # (B, 1, W, W), True where a query may look
+    targets: list[Tensor]  # per response (B, C_j), padded with 0
+    weights: list[Tensor]  # per response (B, C_j), 1 on response tokens, 0 on padding
+
+
+def build_rows(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]], device: torch.device | str = "cpu"
+) -> Rows:
+    """responses: B token lists for each of the responses that share a prompt (two for pairs, one for SFT)."""
+    widths = [max(map(len, prompts))] + [max(map(len, response)) for response in responses]
+    starts = np.cumsum([0, *widths])
+    batch = len(prompts)
+    ids = np.zeros((batch, starts[-1]), dtype=np.int64)
+    positions = np.zeros_like(ids)
+    segments = np.zeros_like(ids)  # 0 padding, 1 prompt, 2, 3, ... responses
+    for b, prompt in enumerate(prompts):
+        spans = [(widths[0] - len(prompt), 0, prompt)]
+        spans += [(start, len(prompt), r[b]) for start, r in zip(starts[1:-1], responses, strict=True)]
+        for segment, (start, position, tokens) in enumerate(spans, 1):
+            span = slice(start, start + len(tokens))
+            ids[b, span] = tokens
+            positions[b, span] = np.arange(position, position + len(tokens))
+            segments[b, span] = segment
+    kind = torch.from_numpy(segments).to(device)
+    query, key = kind[:, :, None], kind[:, None, :]
+    itself = torch.eye(starts[-1], dtype=torch.bool, device=device)
+    causal = torch.ones_like(itself).tril()
+    # Padding looks at itself: a row of the mask without any True gives NaN in some attention kernels.
+    mask = (causal & (key != 0) & ((key == query) | (key == 1))) | itself
+    input_ids = torch.from_numpy(ids).to(device)
+    columns = [slice(a, b) for a, b in itertools.pairwise(starts[1:])]
+    return Rows(
+        input_ids,
+        torch.from_numpy(positions).to(device),
+        mask[:, None],
+        [input_ids[:, span] for span in columns],
+        [(kind[:, span] != 0).float() for span in columns],
+    )
+
+
+def response_logps(model: nn.Module, rows: Rows) -> list[Tensor]:
+    """log pi(y|x) summed over the response's tokens (EOS included), in float32 or wider: per response (B,).
+
+    Logits are made only from the last prompt token on: K + 1 columns for K columns of responses, of which the first
+    predicts the first token of every response.
+    """
+    responses = sum(target.shape[1] for target in rows.targets)
+    logits = model(
+        input_ids=rows.input_ids,
+        attention_mask=rows.attention_mask,
+        position_ids=rows.position_ids,
+        use_cache=False,
+        logits_to_keep=responses + 1,
+    ).logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    normaliser = logits.logsumexp(-1)  # (B, K + 1)
+    sums, start = [], 0
+    for target, weight in zip(rows.targets, rows.weights, strict=True):
+        column = torch.arange(start, start + target.shape[1], device=target.device)
+        column[0] = 0
+        row = torch.arange(len(target), device=target.device)[:, None]
+        logps = logits[row, column, target] - normaliser[:, column]
+        sums.append((logps * weight).sum(-1))
+        start += target.shape[1]
+    return sums
+
+
+def score_pairs(
+    model: nn.Module, pairs: Pairs, index: Sequence[int], device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """(chosen, rejected) log-probs of some of the pairs, each (len(index),)."""
+    parts = [[tokens[i] for i in index] for tokens in (pairs.prompts, pairs.chosen, pairs.rejected)]
+    chosen, rejected = response_logps(model, build_rows(parts[0], parts[1:], device))
+    return chosen, rejected
+
+
+def deal(lengths: Sequence[Sequence[int]], ranks: int, budget: int) -> list[list[list[int]]]:
+    """Micro-batches for every rank: [micro-batch][rank] -> positions, -1 where a rank has nothing to do.
+
+    lengths: per example its (prompt, response, ...) lengths. Sorted by length and dealt in turn, so that ranks have
+    equal numbers of rows of nearly equal length; filled greedily so that rows * padded width <= budget (at least one
+    row). Every rank gets the same number of rows in each, which the collectives of FSDP need.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-sum(lengths[i]), i))
+    turns = [order[i : i + ranks] for i in range(0, len(order), ranks)]
+    turns[-1] = turns[-1] + [-1] * (ranks - len(turns[-1]))
+    batches: list[list[list[int]]] = []
+    widest: list[int] = []
+    for turn in turns:
+        new = [max(part) for part in zip(*(lengths[i] for i in turn if i >= 0), strict=True)]
+        grown = [max(a, b) for a, b in zip(widest, new, strict=True)] if batches else new
+        if batches and (len(batches[-1]) + 1) * sum(grown) <= budget:
+            batches[-1].append(turn)
+            widest = grown
+        else:
+            batches.append([turn])
+            widest = new
+    return [[[turn[rank] for turn in batch] for rank in range(ranks)] for batch in batches]
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    def print(self, message: str) -> None:
+        if self.rank == 0:
+            print(message, flush=True)
+
+    def bar(self, total: int, description: str, unit: str = "pair") -> tqdm:
+        # disable=None: silent when stderr is not a terminal.
+        return tqdm(total=total, desc=description, unit=unit, disable=True if self.rank else None)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """(n, m) on every rank -> (size * n, m), the same on all."""
+        out = torch.empty(self.size * len(values), *values.shape[1:], dtype=values.dtype, device=values.device)
+        dist.all_gather_single(out, values.contiguous())
+        return out
+
+    @contextlib.contextmanager
+    def rank_zero_first(self) -> Iterator[None]:
+        """Rank 0 goes ahead (and fills the caches), the others follow."""
+        if self.rank:
+            dist.barrier()
+        yield
+        if not self.rank:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def start_processes() -> Iterator[World]:
+    """Joins the processes of torchrun, or makes a group of one."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    backend = "nccl" if cuda else "gloo"
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, device_id=device if cuda else None)
+    else:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device if cuda else None
+        )
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def load_model(model: str, compute: str, world: World, seed: int = 0) -> nn.Module:
+    """float32 master weights, sharded over the ranks by FSDP2, computing in `compute`; dropout off."""
+    torch.manual_seed(seed)
+    if model == "tiny":
+        network = AutoModelForCausalLM.from_config(model_config(model), dtype=torch.float32, attn_implementation="sdpa")
+    else:
+        try:
+            network = AutoModelForCausalLM.from_pretrained(
+                model, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+            raise UserError(f"model {model} cannot be loaded ({str(e).splitlines()[0]})") from e
+    network.eval().to(world.device)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy()
+    if compute == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in network.modules():
+        if type(module).__name__ in set(network._no_split_modules or ()):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(network, mesh=mesh, mp_policy=policy)
+    return network
+
+
+def export(
+    network: nn.Module, tokenizer: Any, path: Path, world: World, sft_record: dict[str, Any] | None = None
+) -> None:
+    """Whole float32 weights as safetensors, with the tokenizer: what from_pretrained reads; and sft.json for SFT."""
+    state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if world.rank == 0:
+        aside = path.with_name(path.name + ".tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        # A plain instance: fully_shard has renamed the class of `network`, and the name would go into config.json.
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(network.config, dtype=torch.float32)
+        plain.save_pretrained(aside, state_dict=state)
+        tokenizer.save_pretrained(aside)
+        if sft_record:
+            write_json(aside / "sft.json", sft_record)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(aside, path)
+    dist.barrier()
+
+
+# --- SFT and the reference pass --------------------------------------------------------------------------------------
+
+
+def optimizer_for(groups: list[dict[str, Any]], warmup: int) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.RMSprop(groups, alpha=0.99, eps=1e-8)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+    return optimizer, schedule
+
+
+def batches(count: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
+    """Global batches of example indices; each epoch a permutation that depends on (seed, epoch) alone."""
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(count).tolist()
+        yield from (order[start : start + batch_size] for start in range(0, count, batch_size))
+
+
+def clip_policy(network: nn.Module, max_norm: float) -> Tensor:
+    norm = nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def backward_in_parts(network: nn.Module, parts: list[Any], loss_of: Callable[[Any], Tensor]) -> None:
+    """Accumulates the gradient of the sum of loss_of(part); communicates once, with the last part."""
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        assert isinstance(network, FSDPModule)
+        network.set_requires_gradient_sync(last)
+        network.set_is_last_backward(last)
+        loss_of(part).backward()
+
+
+def sft_key(config: Config, examples: list[Any]) -> dict[str, Any]:
+    names = ("model", "sft_lr", "sft_epochs", "batch_size", "warmup", "max_grad_norm", "policy_dtype", "seed")
+    return {name: getattr(config, name) for name in names} | {"tokens": digest(examples)}
+
+
+def sft(config: Config, model: str, tokenizer: Any, pairs: Pairs, world: World) -> None:
+    """Trains on the chosen responses into --sft-dir, or takes what is there if it fits."""
+    path = Path(config.sft_dir)
+    examples = sorted({(tuple(p), tuple(c)) for p, c in zip(pairs.prompts, pairs.chosen, strict=True)})
+    key = sft_key(config, examples)
+    if path.exists() and any(path.iterdir()):
+        check_sft(path, key, tokenizer)
+        world.print(f"SFT: taken from {path}")
+        return
+    network = load_model(model, config.policy_dtype, world, config.seed)
+    optimizer, schedule = optimizer_for([{"params": list(network.parameters()), "lr": config.sft_lr}], config.warmup)
+    losses: list[float] = []
+    with world.bar(config.sft_epochs * len(examples), "SFT", "example") as bar:
+        for batch in batches(len(examples), config.batch_size, config.sft_epochs, config.seed):
+            loss = sft_gradients([examples[i] for i in batch], network, config.micro_batch_tokens, world)
+            norm = clip_policy(network, config.max_grad_norm)
+            losses.append(loss.item())
+            if not (math.isfinite(losses[-1]) and math.isfinite(norm.item())):
+                raise RuntimeError(f"SFT update {len(losses)}: loss {losses[-1]}, gradient norm {norm}: lower --sft-lr")
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            bar.update(len(batch))
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    export(network, tokenizer, path, world, key | {"examples": len(examples), "losses": losses})
+    change = f", nats per token {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else ""
+    world.print(f"SFT: {len(examples):,} examples, {len(losses)} updates{change}")
+
+
+def sft_gradients(
+    examples: list[tuple[tuple[int, ...], tuple[int, ...]]], network: nn.Module, budget: int, world: World
+) -> Tensor:
+    """Leaves the gradient of -log pi per response token of the global batch; returns that loss, equal on all ranks."""
+    tokens = sum(len(response) for _, response in examples)
+    total = torch.zeros((), device=world.device)
+
+    def loss_of(members: list[list[int]]) -> Tensor:
+        mine = members[world.rank]
+        rows = build_rows([examples[i][0] for i in mine], [[examples[i][1] for i in mine]], world.device)
+        loss = -(response_logps(network, rows)[0] * present(mine, world.device)).sum() / tokens
+        total.add_(loss.detach())
+        return loss * world.size
+
+    plan = deal([(len(prompt), len(response)) for prompt, response in examples], world.size, budget)
+    backward_in_parts(network, plan, loss_of)
+    dist.all_reduce(total)
+    return total
+
+
+def check_sft(path: Path, key: dict[str, Any], tokenizer: Any) -> None:
+    """Refuses an SFT checkpoint of another model, data or recipe. One without sft.json is the user's own."""
+    if (path / "sft.json").exists():
+        found = {k: v for k, v in read_json(path / "sft.json").items() if k in key}
+        if found != key:
+            raise UserError(f"--sft-dir {path} does not fit ({differences(found, key)}): choose another directory")
+    elif not (path / "config.json").exists():
+        raise UserError(f"--sft-dir {path} is not a checkpoint (no config.json): choose an empty or a new directory")
+    else:
+        size = model_config(str(path)).vocab_size
+        if size < len(tokenizer):
+            raise UserError(
+                f"--sft-dir {path} has {size} tokens, the tokenizer of --model {len(tokenizer)}: they do not fit"
+            )
+
+
+def present(members: list[int], device: torch.device) -> Tensor:
+    """1 for a real row, 0 for the filler of a rank that has nothing to do (-1, which indexes some other row)."""
+    return torch.tensor([float(i >= 0) for i in members], device=device)
+
+
+@torch.no_grad()
+def score_all(network: nn.Module, pairs: Pairs, batch_size: int, budget: int, world: World, name: str) -> np.ndarray:
+    """Log-probs of all pairs, (len(pairs), 2), chosen and rejected, the same on every rank."""
+    result = np.full((len(pairs), 2), np.nan)
+    lengths = [tuple(map(len, pair)) for pair in zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True)]
+    by_length = sorted(range(len(pairs)), key=lambda i: (-sum(lengths[i]), i))
+    with world.bar(len(pairs), name) as bar:
+        for start in range(0, len(pairs), batch_size):
+            batch = by_length[start : start + batch_size]
+            for members in deal([lengths[i] for i in batch], world.size, budget):
+                index = [batch[i] for i in members[world.rank]]
+                scores = torch.stack(score_pairs(network, pairs, index, world.device), -1)
+                rows = world.gather(scores.double()).cpu().numpy()
+                for i, values in zip((i for rank in members for i in rank), rows, strict=True):
+                    if i >= 0:
+                        result[batch[i]] = values
+            bar.update(len(batch))
+    return result
+
+
+def hash_weights(path: Path) -> str:
+    sha = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        with open(file, "rb") as f:
+            sha.update(hashlib.file_digest(f, "sha256").digest())
+    return sha.hexdigest()[:32]
+
+
+def reference_pass(config: Config, splits: dict[str, Pairs], world: World) -> dict[str, np.ndarray]:
+    """Reference log-probs of the pairs of every split, (n, 2); from --reference-cache when it is the same pass."""
+    path, model = Path(config.reference_cache), Path(config.sft_dir)
+    key = {"weights": hash_weights(model), "dtype": config.reference_dtype}
+    key |= {f"{name}_tokens": pairs.key() for name, pairs in splits.items()}
+    if path.exists():
+        try:
+            with safe_open(path, "numpy") as f:
+                found = f.metadata() or {}
+                scores = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"--reference-cache {path} cannot be read ({e}): remove it") from e
+        if found != key:
+            raise UserError(
+                f"--reference-cache {path} is of another pass ({differences(found, key)}): remove it, or name another"
+            )
+        world.print(f"reference: log-probs taken from {path}")
+        return scores
+    network = load_model(str(model), config.reference_dtype, world)
+    # Without gradients a micro-batch holds no activations: four times the tokens fit.
+    budget = 4 * config.micro_batch_tokens
+    batch = max(config.eval_batch_size, config.batch_size)
+    scores = {n: score_all(network, p, batch, budget, world, f"reference, {n}") for n, p in splits.items()}
+    if world.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(path.name + ".tmp")
+        save_file(scores, aside, metadata=key)
+        os.replace(aside, path)
+    dist.barrier()
+    world.print(f"reference: {sum(map(len, splits.values())):,} pairs scored once")
+    return scores
+
+
+# --- preference training ---------------------------------------------------------------------------------------------
+
+
+def make_strength(config: Config, device: torch.device | str = "cpu") -> Strength:
+    learnable = config.beta_lr > 0
+    if config.dist == "dpo":
+        return PointMass(config.beta, device=device)
+    if config.dist == "gamma":
+        return Gamma(config.concentration, config.rate, learnable=learnable, device=device)
+    return LogNormal(config.loc, config.scale, config.estimator, config.samples, learnable=learnable, device=device)
+
+
+def draws(config: Config, step: int, count: int, device: torch.device) -> Tensor | None:
+    """Standard normal draws (count, samples) for the rows of a global batch: a function of seed and step alone.
+
+    Step 0 is evaluation, which sees the same draws each time; updates count from 1.
+    """
+    if config.dist != "lognormal" or config.estimator != "monte_carlo":
+        return None
+    rng = np.random.default_rng([config.seed, 1, step])
+    return torch.from_numpy(rng.standard_normal((count, config.samples), dtype=np.float32)).to(device)
+
+
+def row_metrics(values: np.ndarray) -> dict[str, float]:
+    """values: (n, 5) loss, chosen and rejected reward, chosen and rejected log-prob; a metric is one mean over rows."""
+    loss, chosen, rejected, chosen_logps, rejected_logps = values.T
+    return {
+        "loss": loss.mean(),
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        # A tie counts one half, so that an untrained policy reads 0.5.
+        "rewards/accuracies": (chosen > rejected).mean() + 0.5 * (chosen == rejected).mean(),
+        "rewards/margins": (chosen - rejected).mean(),
+        "logps/chosen": chosen_logps.mean(),
+        "logps/rejected": rejected_logps.mean(),
+        "n": len(values),
+    }
+
+
+def beta_metrics(strength: Strength) -> dict[str, float]:
+    return {f"beta/{name}": getattr(strength, name).item() for name in ("mean", "variance", "cv")}
+
+
+def strength_values(strength: Strength) -> dict[str, float]:
+    names = {PointMass: ("beta",), LogNormal: ("loc", "scale"), Gamma: ("concentration", "rate")}[type(strength)]
+    return {name: getattr(strength, name).item() for name in names}
+
+
+class MetricsLog:
+    """metrics.jsonl, one object a line; only rank 0 writes."""
+
+    def __init__(self, path: Path, world: World) -> None:
+        self.file = open(path, "w", encoding="utf-8") if world.rank == 0 else None  # noqa: SIM115
+
+    def write(self, step: int, examples: int, prefix: str, metrics: dict[str, float], strength: Strength) -> None:
+        if self.file:
+            row = {"step": step, "examples": examples} | {f"{prefix}/{k}": v for k, v in metrics.items()}
+            self.file.write(json.dumps(row | beta_metrics(strength)) + "\n")
+            self.file.flush()
+
+
+def evaluate_policy(
+    config: Config, network: nn.Module, strength: Strength, pairs: Pairs, reference: np.ndarray, world: World
+) -> dict[str, float]:
+    """Metrics of the policy on held-out pairs, with the same loss as in training, and its gap to the reference."""
+    logps = score_all(network, pairs, config.eval_batch_size, 4 * config.micro_batch_tokens, world, "evaluation")
+    with torch.no_grad():
+        policy_chosen, policy_rejected = torch.from_numpy(logps).to(world.device).unbind(-1)
+        reference_chosen, reference_rejected = torch.from_numpy(reference).to(world.device).unbind(-1)
+        losses, chosen, rejected = mixdpo_loss(
+            policy_chosen,
+            policy_rejected,
+            reference_chosen,
+            reference_rejected,
+            strength,
+            noise=draws(config, 0, len(pairs), world.device),
+        )
+    values = np.stack([t.cpu().numpy() for t in (losses, chosen, rejected)], -1)
+    gap = np.abs(logps - reference).mean()
+    return row_metrics(np.concatenate([values, logps], -1)) | {"reference_gap": gap}
+
+
+def preference_gradients(
+    config: Config,
+    step: int,
+    batch: list[int],
+    pairs: Pairs,
+    reference_logps: Tensor,
+    network: nn.Module,
+    strength: Strength,
+    world: World,
+) -> Tensor:
+    """Leaves the gradient of the mean loss over the global batch in policy and strength, the same on every rank.
+
+    Returns (filler included) (rows, 6) on every rank: position in the batch (-1 for filler), loss, chosen and rejected
+    reward, chosen and rejected log-prob.
+    """
+    noise = draws(config, step, len(batch), world.device)
+    records: list[Tensor] = []
+
+    def loss_of(members: list[list[int]]) -> Tensor:
+        mine = members[world.rank]
+        index = [batch[i] for i in mine]
+        logps = score_pairs(network, pairs, index, world.device)
+        reference = reference_logps[index]
+        losses, chosen, rejected = mixdpo_loss(
+            *logps, reference[:, 0], reference[:, 1], strength, None if noise is None else noise[mine]
+        )
+        position = torch.tensor(mine, dtype=torch.float64, device=world.device)
+        records.append(torch.stack([position, losses.detach(), chosen, rejected, *(x.detach() for x in logps)], -1))
+        # FSDP averages over ranks: times the number of ranks, over the global count, gives the mean over the batch.
+        return (losses * present(mine, world.device)).sum() * world.size / len(batch)
+
+    lengths = [(len(pairs.prompts[i]), len(pairs.chosen[i]), len(pairs.rejected[i])) for i in batch]
+    backward_in_parts(network, deal(lengths, world.size, config.micro_batch_tokens), loss_of)
+    for gradient in [p.grad for p in strength.parameters() if p.grad is not None]:
+        # The strength module is outside FSDP: its gradient is averaged by hand.
+        dist.all_reduce(gradient)
+        gradient /= world.size
+    return world.gather(torch.cat(records))
+
+
+def check_finite(
+    values: np.ndarray, norms: list[float], step: int, batch: list[int], pairs: Pairs, strength: Strength
+) -> None:
+    """Stops before the optimiser step, with what is needed to find the cause."""
+    bad = ~np.isfinite(values).all(-1)
+    if not bad.any() and all(map(math.isfinite, norms)):
+        return
+    rows = sorted(pairs.rows[batch[int(i)]] for i in values[bad, 0])
+    margins = values[~bad, 2] - values[~bad, 3]
+    span = f"[{margins.min():.4g}, {margins.max():.4g}]" if len(margins) else "none finite"
+    raise RuntimeError(
+        f"update {step}: loss or gradient is not finite, the policy was not changed. Training rows with a bad loss: "
+        f"{rows or 'none'}; reward margins of the others {span}; gradient norms {norms}; {strength}"
+    )
+
+
+def train(
+    config: Config, splits: dict[str, Pairs], reference: dict[str, np.ndarray], network: nn.Module, world: World
+) -> Strength:
+    pairs, held_out = splits["train"], splits["validation"]
+    strength = make_strength(config, world.device)
+    groups: list[dict[str, Any]] = [{"params": list(network.parameters()), "lr": config.lr}]
+    if list(strength.parameters()):
+        # RMSprop is scale-free: at the policy's lr of 5e-7 a strength parameter would move 4e-4 in a whole run.
+        groups.append({"params": list(strength.parameters()), "lr": config.beta_lr})
+    optimizer, schedule = optimizer_for(groups, config.warmup)
+    reference_logps = torch.from_numpy(reference["train"]).to(world.device)
+    examples = 0
+    last = config.epochs * math.ceil(len(pairs) / config.batch_size)
+    eval_steps = max(1, config.eval_every // config.batch_size)
+    log = MetricsLog(Path(config.output_dir) / "metrics.jsonl", world)
+
+    def evaluate(step: int) -> None:
+        metrics = evaluate_policy(config, network, strength, held_out, reference["validation"], world)
+        log.write(step, examples, "eval", metrics, strength)
+        beta = ", ".join(f"{name} {value:.4g}" for name, value in beta_metrics(strength).items())
+        world.print(
+            f"{examples:>7,} examples: held-out loss {metrics['loss']:.4f}, accuracy "
+            f"{metrics['rewards/accuracies']:.3f}, reward margin {metrics['rewards/margins']:+.4f}, {beta}"
+        )
+
+    evaluate(0)
+    with world.bar(config.epochs * len(pairs), "train") as bar:
+        for step, batch in enumerate(batches(len(pairs), config.batch_size, config.epochs, config.seed), 1):
+            began = time.perf_counter()
+            rows = preference_gradients(config, step, batch, pairs, reference_logps, network, strength, world)
+            norm = clip_policy(network, config.max_grad_norm)
+            beta_norm = nn.utils.get_total_norm([p.grad for p in strength.parameters() if p.grad is not None])
+            # The one wait for the device in a step: everything that the host needs comes in one copy.
+            *flat, grad_norm, beta_grad_norm = torch.cat([rows.flatten(), norm[None], beta_norm[None]]).tolist()
+            values = np.array(flat).reshape(rows.shape)
+            values = values[values[:, 0] >= 0]
+            check_finite(values, [grad_norm, beta_grad_norm], step, batch, pairs, strength)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            examples += len(batch)
+            metrics = row_metrics(values[:, 1:]) | {"grad_norm": grad_norm, "beta_grad_norm": beta_grad_norm}
+            metrics["examples_per_second"] = len(batch) / (time.perf_counter() - began)
+            log.write(step, examples, "train", metrics, strength)
+            bar.update(len(batch))
+            bar.set_postfix(loss=f"{metrics['loss']:.4f}", cv=f"{strength.cv.item():.3f}")
+            if step % eval_steps == 0 and step != last:
+                evaluate(step)
+    evaluate(last)
+    return strength
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def prepare(config: Config, tokenizer: Any, world: World) -> tuple[dict[str, Pairs], dict[str, Any]]:
+    """Token pairs of the training and validation splits, and data.json."""
+    with world.rank_zero_first():
+        rows, summary = split_preferences(
+            read_preferences(config.dataset, config.data_dir, config.demo_heterogeneity), config.seed
+        )
+        splits: dict[str, Pairs] = {}
+        report: dict[str, Any] = {"dataset": config.dataset} | summary | {"tokenised": {}}
+        for name, limit in (("train", config.max_pairs), ("validation", config.eval_pairs)):
+            if not len(rows[name]):
+                raise UserError(f"the {name} split of --dataset {config.dataset} is empty: pass more data")
+            splits[name], report["tokenised"][name] = tokenize(
+                sample(rows[name], limit, config.seed), tokenizer, config.max_length, config.max_prompt_length
+            )
+    for name, counts in report["tokenised"].items():
+        if counts["used"] < (minimum := config.batch_size if name == "train" else 1):
+            raise UserError(
+                f"--dataset {config.dataset}: {counts['used']} {name} pairs are left of {summary['rows_read']} rows, "
+                f"fewer than {minimum} (--batch-size): pass more data or lower it"
+            )
+    return splits, report
+
+
+def run(config: Config, world: World) -> None:
+    for name in ("batch_size", "eval_batch_size"):
+        if getattr(config, name) % world.size:
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(config, name)} is not a multiple of the {world.size} ranks: "
+                "change one of them"
+            )
+    with world.rank_zero_first():
+        model = locate_model(config.model)
+    tokenizer = load_tokenizer(model)
+    architecture = model_config(model)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(architecture).parameters())
+    splits, report = prepare(config, tokenizer, world)
+    updates = config.epochs * math.ceil(len(splits["train"]) / config.batch_size)
+    strength = make_strength(config)
+    learned = f"learned at lr {config.beta_lr:g}" if list(strength.parameters()) else "fixed"
+    world.print(
+        f"{strength} {learned}; {config.model} ({architecture.model_type}, {parameters:,} parameters); "
+        f"{config.dataset}: {len(splits['train']):,} pairs, {updates} updates of {config.batch_size}, "
+        f"{len(splits['validation'])} held out; {world.size} x {world.device.type}; "
+        f"policy {config.policy_dtype}, reference {config.reference_dtype}"
+    )
+    dropped = ", ".join(f"{reason} {n}" for reason, n in report["rows_dropped"].items()) or "none"
+    world.print(f"data: {report['rows_read']:,} rows, {report['split']}; dropped: {dropped}")
+    for name, counts in report["tokenised"].items():
+        world.print(f"tokens, {name}: " + ", ".join(f"{k.replace('_', ' ')} {n:,}" for k, n in counts.items()))
+    if world.rank == 0:
+        claim_output_dir(config)
+        write_json(Path(config.output_dir) / "data.json", report)
+    dist.barrier()
+
+    sft(config, model, tokenizer, splits["train"], world)
+    reference = reference_pass(config, splits, world)
+    gc.collect()
+    network = load_model(config.sft_dir, config.policy_dtype, world)
+    strength = train(config, splits, reference, network, world)
+    output = Path(config.output_dir)
+    export(network, tokenizer, output / "policy", world)
+    if world.rank == 0:
+        summary = {"dist": config.dist, "learned": bool(list(strength.parameters()))} | strength_values(strength)
+        write_json(output / "strength.json", summary | {k[5:]: v for k, v in beta_metrics(strength).items()})
+    world.print(f"{strength}: policy and strength are in {output}")
+
+
+def quiet_libraries() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        config = parse_config(argv)
+        quiet_libraries()
+        with start_processes() as world:
+            run(config, world)
+    except UserError as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
