@@ -651,6 +651,12 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def select(self, index: Sequence[int]) -> "Pairs":
+        prompts, chosen, rejected = (
+            [column[i] for i in index] for column in (self.prompts, self.chosen, self.rejected)
+        )
+        return Pairs(prompts, chosen, rejected, [self.rows[i] for i in index])
+
     def key(self) -> str:
         return digest(self.prompts, self.chosen, self.rejected)
 
@@ -686,16 +692,15 @@ def tokenize(
     counts = {"pairs": len(rows), "prompt_cut": sum(columns["prompt_cut"]), "response_cut": sum(map(bool, lost))}
     counts |= {"eos_lost": sum(lost), "dropped_empty": 0, "dropped_identical": 0}
     keep = []
-    parts = zip(columns["prompts"], columns["chosen"], columns["rejected"], strict=True)
-    for i, (prompt, chosen, rejected) in enumerate(parts):
+    every = Pairs(columns["prompts"], columns["chosen"], columns["rejected"], list(range(len(rows))))
+    for i, (prompt, chosen, rejected) in enumerate(zip(every.prompts, every.chosen, every.rejected, strict=True)):
         if not prompt or eos in (chosen, rejected):
             counts["dropped_empty"] += 1
         elif chosen == rejected:
             counts["dropped_identical"] += 1
         else:
             keep.append(i)
-    prompts, chosen, rejected = ([columns[name][i] for i in keep] for name in ("prompts", "chosen", "rejected"))
-    return Pairs(prompts, chosen, rejected, keep), counts | {"used": len(keep)}
+    return every.select(keep), counts | {"used": len(keep)}
 
 
 # --- scoring: a pair is one row [prompt | chosen | rejected], so that its prompt is computed once --------------------
@@ -777,8 +782,8 @@ def score_pairs(
     model: nn.Module, pairs: Pairs, index: Sequence[int], device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
     """(chosen, rejected) log-probs of some of the pairs, each (len(index),)."""
-    parts = [[tokens[i] for i in index] for tokens in (pairs.prompts, pairs.chosen, pairs.rejected)]
-    chosen, rejected = response_logps(model, build_rows(parts[0], parts[1:], device))
+    some = pairs.select(index)
+    chosen, rejected = response_logps(model, build_rows(some.prompts, [some.chosen, some.rejected], device))
     return chosen, rejected
 
 
@@ -934,20 +939,41 @@ def backward_in_parts(network: nn.Module, parts: list[Any], loss_of: Callable[[A
         loss_of(part).backward()
 
 
-def sft_key(config: Config, examples: list[Any]) -> dict[str, Any]:
+Example = tuple[tuple[int, ...], tuple[int, ...]]  # prompt and response
+
+
+def sft_examples(pairs: Pairs) -> list[Example]:
+    """The chosen responses, each once: a prompt with several pairs repeats them."""
+    return sorted({(tuple(p), tuple(c)) for p, c in zip(pairs.prompts, pairs.chosen, strict=True)})
+
+
+def sft_key(config: Config, examples: list[Example]) -> dict[str, Any]:
     names = ("model", "sft_lr", "sft_epochs", "batch_size", "warmup", "max_grad_norm", "policy_dtype", "seed")
     return {name: getattr(config, name) for name in names} | {"tokens": digest(examples)}
 
 
-def sft(config: Config, model: str, tokenizer: Any, pairs: Pairs, world: World) -> None:
-    """Trains on the chosen responses into --sft-dir, or takes what is there if it fits."""
+def has_sft(config: Config, examples: list[Example], tokenizer: Any) -> bool:
+    """Whether --sft-dir holds a checkpoint; refuses one of another model, data or recipe. Without sft.json it is the
+    user's own, and taken as it is."""
     path = Path(config.sft_dir)
-    examples = sorted({(tuple(p), tuple(c)) for p, c in zip(pairs.prompts, pairs.chosen, strict=True)})
+    if not path.exists() or not any(path.iterdir()):
+        return False
     key = sft_key(config, examples)
-    if path.exists() and any(path.iterdir()):
-        check_sft(path, key, tokenizer)
-        world.print(f"SFT: taken from {path}")
-        return
+    if (path / "sft.json").exists():
+        found = {k: v for k, v in read_json(path / "sft.json").items() if k in key}
+        if found != key:
+            raise UserError(f"--sft-dir {path} does not fit ({differences(found, key)}): choose another directory")
+    elif not (path / "config.json").exists():
+        raise UserError(f"--sft-dir {path} is not a checkpoint (no config.json): choose an empty or a new directory")
+    elif (size := model_config(str(path)).vocab_size) < len(tokenizer):
+        raise UserError(
+            f"--sft-dir {path} has {size} tokens, the tokenizer of --model {len(tokenizer)}: they do not fit"
+        )
+    return True
+
+
+def sft(config: Config, model: str, tokenizer: Any, examples: list[Example], world: World) -> None:
+    """Trains on the chosen responses, from `model` into --sft-dir."""
     network = load_model(model, config.policy_dtype, world, config.seed)
     optimizer, schedule = optimizer_for([{"params": list(network.parameters()), "lr": config.sft_lr}], config.warmup)
     losses: list[float] = []
@@ -963,14 +989,13 @@ def sft(config: Config, model: str, tokenizer: Any, pairs: Pairs, world: World) 
             optimizer.zero_grad()
             bar.update(len(batch))
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    export(network, tokenizer, path, world, key | {"examples": len(examples), "losses": losses})
+    record = sft_key(config, examples) | {"examples": len(examples), "losses": losses}
+    export(network, tokenizer, Path(config.sft_dir), world, record)
     change = f", nats per token {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else ""
     world.print(f"SFT: {len(examples):,} examples, {len(losses)} updates{change}")
 
 
-def sft_gradients(
-    examples: list[tuple[tuple[int, ...], tuple[int, ...]]], network: nn.Module, budget: int, world: World
-) -> Tensor:
+def sft_gradients(examples: list[Example], network: nn.Module, budget: int, world: World) -> Tensor:
     """Leaves the gradient of -log pi per response token of the global batch; returns that loss, equal on all ranks."""
     tokens = sum(len(response) for _, response in examples)
     total = torch.zeros((), device=world.device)
@@ -986,22 +1011,6 @@ def sft_gradients(
     backward_in_parts(network, plan, loss_of)
     dist.all_reduce(total)
     return total
-
-
-def check_sft(path: Path, key: dict[str, Any], tokenizer: Any) -> None:
-    """Refuses an SFT checkpoint of another model, data or recipe. One without sft.json is the user's own."""
-    if (path / "sft.json").exists():
-        found = {k: v for k, v in read_json(path / "sft.json").items() if k in key}
-        if found != key:
-            raise UserError(f"--sft-dir {path} does not fit ({differences(found, key)}): choose another directory")
-    elif not (path / "config.json").exists():
-        raise UserError(f"--sft-dir {path} is not a checkpoint (no config.json): choose an empty or a new directory")
-    else:
-        size = model_config(str(path)).vocab_size
-        if size < len(tokenizer):
-            raise UserError(
-                f"--sft-dir {path} has {size} tokens, the tokenizer of --model {len(tokenizer)}: they do not fit"
-            )
 
 
 def present(members: list[int], device: torch.device) -> Tensor:
@@ -1118,17 +1127,13 @@ def strength_values(strength: Strength) -> dict[str, float]:
     return {name: getattr(strength, name).item() for name in names}
 
 
-class MetricsLog:
-    """metrics.jsonl, one object a line; only rank 0 writes."""
-
-    def __init__(self, path: Path, world: World) -> None:
-        self.file = open(path, "w", encoding="utf-8") if world.rank == 0 else None  # noqa: SIM115
-
-    def write(self, step: int, examples: int, prefix: str, metrics: dict[str, float], strength: Strength) -> None:
-        if self.file:
-            row = {"step": step, "examples": examples} | {f"{prefix}/{k}": v for k, v in metrics.items()}
-            self.file.write(json.dumps(row | beta_metrics(strength)) + "\n")
-            self.file.flush()
+def log_metrics(
+    path: Path, step: int, examples: int, prefix: str, metrics: dict[str, float], strength: Strength
+) -> None:
+    """Appends one line to metrics.jsonl."""
+    row = {"step": step, "examples": examples} | {f"{prefix}/{k}": v for k, v in metrics.items()}
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(row | beta_metrics(strength)) + "\n")
 
 
 def evaluate_policy(
@@ -1222,11 +1227,12 @@ def train(
     examples = 0
     last = config.epochs * math.ceil(len(pairs) / config.batch_size)
     eval_steps = max(1, config.eval_every // config.batch_size)
-    log = MetricsLog(Path(config.output_dir) / "metrics.jsonl", world)
+    path = Path(config.output_dir) / "metrics.jsonl"
 
     def evaluate(step: int) -> None:
         metrics = evaluate_policy(config, network, strength, held_out, reference["validation"], world)
-        log.write(step, examples, "eval", metrics, strength)
+        if world.rank == 0:
+            log_metrics(path, step, examples, "eval", metrics, strength)
         beta = ", ".join(f"{name} {value:.4g}" for name, value in beta_metrics(strength).items())
         world.print(
             f"{examples:>7,} examples: held-out loss {metrics['loss']:.4f}, accuracy "
@@ -1251,7 +1257,8 @@ def train(
             examples += len(batch)
             metrics = row_metrics(values[:, 1:]) | {"grad_norm": grad_norm, "beta_grad_norm": beta_grad_norm}
             metrics["examples_per_second"] = len(batch) / (time.perf_counter() - began)
-            log.write(step, examples, "train", metrics, strength)
+            if world.rank == 0:
+                log_metrics(path, step, examples, "train", metrics, strength)
             bar.update(len(batch))
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", cv=f"{strength.cv.item():.3f}")
             if step % eval_steps == 0 and step != last:
@@ -1313,12 +1320,18 @@ def run(config: Config, world: World) -> None:
     world.print(f"data: {report['rows_read']:,} rows, {report['split']}; dropped: {dropped}")
     for name, counts in report["tokenised"].items():
         world.print(f"tokens, {name}: " + ", ".join(f"{k.replace('_', ' ')} {n:,}" for k, n in counts.items()))
+    examples = sft_examples(splits["train"])
+    ready = has_sft(config, examples, tokenizer)
+    dist.barrier()  # every rank has looked before rank 0 writes
     if world.rank == 0:
         claim_output_dir(config)
         write_json(Path(config.output_dir) / "data.json", report)
     dist.barrier()
 
-    sft(config, model, tokenizer, splits["train"], world)
+    if ready:
+        world.print(f"SFT: taken from {config.sft_dir}")
+    else:
+        sft(config, model, tokenizer, examples, world)
     reference = reference_pass(config, splits, world)
     gc.collect()
     network = load_model(config.sft_dir, config.policy_dtype, world)
