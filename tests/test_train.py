@@ -16,12 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
 
 import train
-from tests.conftest import SMALL, run_command
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
+from tests.conftest import SMALL, metrics, run_command
 
 # --- tokens
 
@@ -380,7 +375,7 @@ def test_the_first_update_is_what_a_plain_loop_computes(one_process):
 
 @pytest.mark.parametrize("dist", ["gamma", "lognormal"])
 def test_two_processes_equal_one(one_process, tmp_path, dist):
-    shared = ["--dist", dist, "--beta-lr", "1e-3", "--sft-dir", str(one_process / "sft")]
+    shared = ["--dist", dist, "--sft-dir", str(one_process / "sft")]
     one, two = (one_process if dist == "gamma" else tmp_path / "one"), tmp_path / "two"
     if dist != "gamma":
         assert train.main([*SMALL, *shared, "--output-dir", str(one)]) == 0
@@ -394,7 +389,7 @@ def test_two_processes_equal_one(one_process, tmp_path, dist):
     for name, weight in load_file(one / "policy" / "model.safetensors").items():
         torch.testing.assert_close(weight, load_file(two / "policy" / "model.safetensors")[name], rtol=1e-3, atol=1e-4)
     strengths = [json.loads((run / "strength.json").read_text()) for run in (one, two)]
-    assert strengths[0]["cv"] == pytest.approx(strengths[1]["cv"], rel=1e-5)
+    assert strengths[0]["cv"] == pytest.approx(strengths[1]["cv"], rel=1e-3)
 
 
 def test_bfloat16_compute_over_float32_weights(one_process, tmp_path):

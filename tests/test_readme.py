@@ -1,0 +1,69 @@
+"""The README is true: its snippet runs, its commands exist, its tables name what there is."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import train
+from tests.conftest import ROOT, metrics
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOXFILE = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line]
+
+
+def test_the_snippet_runs_with_mixdpo_alone(tmp_path):
+    (snippet,) = blocks("python")
+    (tmp_path / "mixdpo.py").write_text((ROOT / "mixdpo.py").read_text(encoding="utf-8"))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "0.1198" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_exists(command, capsys):
+    sessions = {f.name for f in ast.parse(NOXFILE).body if isinstance(f, ast.FunctionDef)}
+    for part in command.split(" && "):
+        words = shlex.split(part)
+        if words[0] == "nox":
+            assert words[2] in sessions
+        elif "train.py" in words:
+            train.parse_config(words[words.index("train.py") + 1 :])
+        elif "evaluate.py" in words:
+            with pytest.raises(SystemExit):
+                evaluate.main([words[words.index("evaluate.py") + 1], "--help"])
+            known = capsys.readouterr().out
+            assert all(word in known for word in words if word.startswith("--"))
+        else:
+            assert words[:2] == ["pip", "install"], part
+
+
+def test_the_tables_name_what_a_run_leaves(one_process):
+    for path in one_process.iterdir():
+        assert f"`{path.name}" in README, path.name
+    for name in {key.split("/", 1)[1] if "/" in key else key for line in metrics(one_process) for key in line}:
+        assert f"{name}`" in README or name in ("step", "examples"), name
+
+
+def test_versions_tried_are_within_the_ranges_for_users():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    pins = dict(pin.split("==") for pin in project["dependency-groups"]["dev"])
+    for requirement in project["project"]["dependencies"]:
+        name, lower = re.match(r"(\w+)>=([\d.]+)", requirement).groups()
+        assert pins[name].startswith(lower), requirement
+    assert Path(project["tool"]["setuptools"]["py-modules"][0] + ".py").name == "mixdpo.py"
