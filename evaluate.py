@@ -30,6 +30,7 @@ from train import (
     Parser,
     UserError,
     World,
+    data_options,
     load_preferences,
     load_tokenizer,
     model_config,
@@ -63,9 +64,7 @@ def run_config(policy: Path) -> Config:
 
 def held_out_pairs(config: Config, policy: Path, count: int, seed: int) -> tuple[Pairs, list[str]]:
     """`count` pairs of the test split, seeded, cut as in the run, and whom each is by: annotator or conversation."""
-    rows = load_preferences(
-        config.dataset, "test", config.data_dir, seed=config.seed, heterogeneity=config.demo_heterogeneity
-    )
+    rows = load_preferences(config.dataset, "test", config.data_dir, seed=config.seed, **data_options(config))
     pairs, _ = tokenize(rows, load_tokenizer(str(policy)), config.max_length, config.max_prompt_length)
     if len(pairs) < count:
         raise UserError(
