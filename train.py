@@ -494,6 +494,7 @@ def read_table(path: Path) -> Iterator[dict[str, Any]]:
         yield from (row for _, row in read_lines(path))
     elif path.suffix == ".csv":
         try:
+            csv.field_size_limit(2**26)  # 64 MiB: far above any answer, far below what would fill the memory
             with open(path, encoding="utf-8", newline="") as f:
                 yield from csv.DictReader(f, strict=True)
         except (OSError, UnicodeDecodeError, csv.Error) as e:
