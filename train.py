@@ -35,7 +35,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -69,8 +69,9 @@ class UserError(Exception):
 # --- configuration: the single source of flags, help and config.json -------------------------------------------------
 
 
-def flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def flag(default: Any, help: str, bound: str = "> 0") -> Any:
+    """bound: of a number: "> 0", ">= 0" or "" for any finite value."""
+    return field(default=default, metadata={"help": help, "bound": bound})
 
 
 @dataclass(frozen=True)
@@ -94,19 +95,19 @@ class Config:
     )
 
     beta: float = flag(0.1, "dpo: the fixed strength")
-    loc: float = flag(-2.3, "lognormal: initial mean of log beta")
+    loc: float = flag(-2.3, "lognormal: initial mean of log beta", "")
     scale: float = flag(0.6, "lognormal: initial standard deviation of log beta")
     estimator: Literal["monte_carlo", "quadrature"] = flag("monte_carlo", "lognormal: the paper's, or deterministic")
     samples: int = flag(16, "lognormal: Monte Carlo draws per pair")
     concentration: float = flag(2.0, "gamma: initial shape")
     rate: float = flag(16.7, "gamma: initial rate")
-    beta_lr: float = flag(1e-4, "learning rate of the strength parameters; 0 keeps them fixed")
+    beta_lr: float = flag(1e-4, "learning rate of the strength parameters; 0 keeps them fixed", ">= 0")
 
     batch_size: int = flag(64, "pairs per update, over all ranks")
     eval_batch_size: int = flag(32, "pairs scored at once in evaluation and in the reference pass, over all ranks")
     micro_batch_tokens: int = flag(8192, "tokens a rank holds at once, padding included; lower it when memory is short")
     lr: float = flag(5e-7, "learning rate of the policy (RMSprop)")
-    warmup: int = flag(150, "updates of linear warm-up, then constant")
+    warmup: int = flag(150, "updates of linear warm-up, then constant", ">= 0")
     max_grad_norm: float = flag(1.0, "clipping of the policy's gradient; the strength's gradient is not clipped")
     max_length: int = flag(128, "tokens of prompt and response together")
     max_prompt_length: int = flag(64, "tokens kept of a prompt that has to be cut (its end)")
@@ -114,17 +115,19 @@ class Config:
     eval_pairs: int = flag(425, "validation pairs per evaluation")
     max_pairs: int = flag(55_000, "training pairs, sampled after the split")
     epochs: int = flag(1, "passes over the training pairs")
-    seed: int = flag(0, "seeds the split, the sampling, the order, the draws and random weights")
+    seed: int = flag(0, "seeds the split, the sampling, the order, the draws and random weights", ">= 0")
     sft_lr: float = flag(5e-7, "learning rate of SFT (RMSprop, same warm-up)")
-    sft_epochs: int = flag(1, "passes of SFT over the chosen responses")
+    sft_epochs: int = flag(1, "passes of SFT over the chosen responses", ">= 0")
     policy_dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "compute dtype over float32 master weights")
     reference_dtype: Literal["bfloat16", "float32"] = flag("float32", "compute dtype of the reference pass")
-    demo_heterogeneity: float = flag(0.5, "demo: coefficient of variation of the annotators' strength, 0 for none")
+    demo_heterogeneity: float = flag(
+        0.5, "demo: coefficient of variation of the annotators' strength, 0 for none", ">= 0"
+    )
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
-    # Learns the demo data in about a minute on two cores: 0.8 M parameters, 30 SFT updates, 31 of preference training.
+    # 0.9 M parameters; 62 updates of SFT and 31 of preference training, about a minute on two cores.
     "tiny": {
         "model": "tiny",
         "dataset": "demo",
@@ -148,25 +151,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
-    """Adds a flag for each field of Config (or for those named)."""
-    for f in dataclasses.fields(Config):
-        if names is not None and f.name not in names:
-            continue
-        kwargs: dict[str, Any] = {"default": f.default, "help": f"{f.metadata['help']} (default: {f.default!r})"}
-        if get_origin(f.type) is Literal:
-            kwargs["choices"] = get_args(f.type)
-        else:
-            kwargs["type"] = f.type
-            kwargs["metavar"] = str(getattr(f.type, "__name__", f.type)).upper()
-        parser.add_argument("--" + f.name.replace("_", "-"), **kwargs)
-
-
 def parse_config(argv: Sequence[str] | None = None) -> Config:
     parser = Parser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add_flags(parser)
+    for f in dataclasses.fields(Config):
+        kind: dict[str, Any] = {"type": f.type, "metavar": getattr(f.type, "__name__", "").upper()}
+        if get_origin(f.type) is Literal:
+            kind = {"choices": get_args(f.type)}
+        text = f"{f.metadata['help']} (default: {f.default!r})"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     preset = parser.parse_args(argv).preset
     parser.set_defaults(**PRESETS[preset])
     config = Config(**vars(parser.parse_args(argv)))
@@ -183,28 +177,14 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
 
 
 def check_config(config: Config) -> Config:
-    positive: tuple[str, ...] = (
-        "beta",
-        "scale",
-        "concentration",
-        "rate",
-        "lr",
-        "sft_lr",
-        "max_grad_norm",
-        "samples",
-        "batch_size",
-    )
-    positive += ("eval_batch_size", "micro_batch_tokens", "max_prompt_length", "eval_every", "eval_pairs", "max_pairs")
-    for name in (*positive, "epochs"):
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value > 0):
-            raise UserError(f"--{name.replace('_', '-')} must be finite and > 0, got {value}")
-    for name in ("beta_lr", "warmup", "sft_epochs", "demo_heterogeneity", "seed"):
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise UserError(f"--{name.replace('_', '-')} must be finite and >= 0, got {value}")
-    if not math.isfinite(config.loc):
-        raise UserError(f"--loc must be finite, got {config.loc}")
+    for f in dataclasses.fields(Config):
+        value, bound = getattr(config, f.name), f.metadata["bound"]
+        if isinstance(value, (int, float)):
+            inside = {"> 0": value > 0, ">= 0": value >= 0, "": True}[bound]
+            if not (math.isfinite(value) and inside):
+                raise UserError(
+                    f"--{f.name.replace('_', '-')} must be finite{' and ' * bool(bound)}{bound}, got {value}"
+                )
     if config.max_prompt_length >= config.max_length:
         raise UserError(
             f"--max-prompt-length {config.max_prompt_length} leaves no room for a response in --max-length "
