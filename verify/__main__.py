@@ -1,7 +1,8 @@
-"""python -m verify [names ...] [--full]: runs the checks, prints one table, writes it and the figures to verify/results.
+"""python -m verify [names ...] [--full]: runs the checks, prints one table, writes it and the figures.
 
-A run of some checks replaces their entries in verify.json and leaves the others as they are. Each entry keeps the hash
-of the mixdpo.py that it judged, so that one judged against another file is marked as such in the table.
+Results are in verify/results. A run of some checks replaces their entries in verify.json and leaves the others as they
+are. Each entry keeps the hash of the mixdpo.py that it judged, so that one judged against another file is marked as
+such in the table.
 Exit status: 0 all rows pass, 1 a row failed, 2 no such check.
 """
 
@@ -152,9 +153,10 @@ def main() -> int:
         write(path, json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
         write(RESULTS / "verify.md", markdown(saved))
     rows = [row for entry in ran.values() for row in rows_of(entry)]
-    count = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("passed", "failed", "oracle", "reported")}
+    verdicts = ("passed", "failed", "oracle", "reported")
+    count = ", ".join(f"{sum(row.verdict == verdict for row in rows)} {verdict}" for verdict in verdicts)
     seconds = sum(entry["seconds"] for entry in ran.values())
-    print("\n" + ", ".join(f"{n} {verdict}" for verdict, n in count.items()) + f"; {len(ran)} checks in {seconds:.0f} s")
+    print(f"\n{count}; {len(ran)} checks in {seconds:.0f} s")
     return 0 if all(row.ok for row in rows) else 1
 
 

@@ -23,6 +23,7 @@ from functools import cache
 import mpmath as mp
 import numpy as np
 import torch
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from verify import plots
@@ -163,7 +164,7 @@ def _lerch_row(digits: int) -> Row:
                 if value == 0:
                     zero.append(f"({k:g}, {ratio:g})")
     return reported(
-        f"mpmath {mp.__version__} lerchphi at {digits} digits, (k, rate/delta) in a 5 x 5 grid: silently wrong by > 1e-10",
+        f"mpmath {mp.__version__} lerchphi at {digits} digits, 5 x 5 (k, rate/delta): silently wrong by > 1e-10",
         "Eqs. 4, 5 as a library call",
         "0",
         f"{wrong} of {count}; exactly 0 at {', '.join(zero)}" if wrong else f"0 of {count}",
@@ -227,7 +228,7 @@ def figures(full: bool) -> dict[str, Figure]:
         signed = np.sign(delta) * (np.log10(np.abs(delta) / rate) + 13)
         order = np.argsort(error)
         dots = axis.scatter(
-            signed[order], k[order], c=np.maximum(error[order], 1e-1), s=9, cmap="cividis", norm="log", vmin=0.1, vmax=1e3
+            signed[order], k[order], c=np.maximum(error[order], 0.1), s=9, cmap="cividis", norm=LogNorm(0.1, 1e3)
         )
         axis.set_yscale("log")
         ticks = (-12, -6, 0, 6)

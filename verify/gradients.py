@@ -53,9 +53,7 @@ def _automatic(second: bool) -> list[Row]:
         for loc, s in LOGNORMALS
     ]
     cases += [("LogNormal(-2.3, 0.6), Monte Carlo", mixdpo.LogNormal(**double), {"noise": noise})]
-    test, name = (
-        (torch.autograd.gradgradcheck, "gradgradcheck") if second else (torch.autograd.gradcheck, "gradcheck")
-    )
+    test, name = (torch.autograd.gradgradcheck, "gradgradcheck") if second else (torch.autograd.gradcheck, "gradcheck")
     bad = []
     for label, strength, kwargs in cases:
         raw = [p.detach().clone().requires_grad_() for p in strength.parameters()]

@@ -1,13 +1,13 @@
 """Identities that hold for every mixture, tested on the public methods in float64 and float32.
 
-  symmetry    p(d) + p(-d) = 1, to 2 eps: one tail serves both signs; p(0) = 1/2, to 16 eps, what a sum of 16 to 64
-              terms may round off (at 0 one branch serves both 0 and -0.0, so that their sum is 2 p(0))
-  monotone    d log E / d delta = E[beta (1 - sigma) sigma] / E > 0, so log E never falls (by more than rounding)
-  origin      d log E / d delta = E[beta] / 2 at exactly 0 and -0.0, where every pair starts, to the rounding of a
-              derivative (closed_form)
-  posterior   E[beta | choice] = k / rate - d log E / d rate (Gamma: the score of the rate is k / rate - beta), and
-              against the high-precision reference for LogNormal
-  scaling     (c delta, c rate), or (c delta, loc - log c), leave E as it is: only beta delta enters
+symmetry    p(d) + p(-d) = 1, to 2 eps: one tail serves both signs; p(0) = 1/2, to 16 eps, what a sum of 16 to 64
+            terms may round off (at 0 one branch serves both 0 and -0.0, so that their sum is 2 p(0))
+monotone    d log E / d delta = E[beta (1 - sigma) sigma] / E > 0, so log E never falls (by more than rounding)
+origin      d log E / d delta = E[beta] / 2 at exactly 0 and -0.0, where every pair starts, to the rounding of a
+            derivative (closed_form)
+posterior   E[beta | choice] = k / rate - d log E / d rate (Gamma: the score of the rate is k / rate - beta), and
+            against the high-precision reference for LogNormal
+scaling     (c delta, c rate), or (c delta, loc - log c), leave E as it is: only beta delta enters
 """
 
 import math
@@ -179,6 +179,6 @@ def check(full: bool) -> list[Row]:
         ]  # fmt: skip
     error, apart = _posterior_lognormal()
     if apart > 1e-30:
-        return [*rows, oracle_failed("LogNormal: two references of posterior_mean agree", "identities.py", apart, 1e-30)]
+        return [*rows, oracle_failed("references of the posterior mean agree", "identities.py", apart, 1e-30)]
     source = "mixdpo.py, LogNormal.posterior_mean"
     return [*rows, at_most("LogNormal: posterior_mean, |delta| <= 300", source, "relative error", error, 1e-10)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -107,13 +108,18 @@ def plain_loop(code: str) -> None:
 
 def trl_loss(trainer: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """DPOTrainer's loss on a collated batch, and mixdpo_loss on log-probs computed here."""
+    torch.manual_seed(0)  # the same draws, where the strength draws
     loss = trainer.compute_loss(trainer.model, batch)
     ids, mask = batch["input_ids"], batch["completion_mask"]
     with torch.no_grad():
         chosen, rejected = log_probs(trainer.model, ids, mask).chunk(2)
         reference_chosen, reference_rejected = log_probs(trainer.ref_model, ids, mask).chunk(2)
     strength = getattr(trainer.beta, "strength", None) or mixdpo.PointMass(trainer.beta)
-    ours, _, _ = mixdpo.mixdpo_loss(chosen, rejected, reference_chosen, reference_rejected, strength)
+    torch.manual_seed(0)
+    noise = None
+    if isinstance(strength, mixdpo.LogNormal) and strength.estimator == "monte_carlo":
+        noise = torch.randn(len(chosen), strength.samples)
+    ours, _, _ = mixdpo.mixdpo_loss(chosen, rejected, reference_chosen, reference_rejected, strength, noise)
     return loss.detach(), ours.mean().detach()
 
 
@@ -148,6 +154,7 @@ def with_trl(code: str, folder: str) -> None:
     for name, beta in (
         ("Gamma, learned", trainer.beta),
         ("LogNormal, quadrature", type(trainer.beta)(mixdpo.LogNormal(estimator="quadrature"))),
+        ("LogNormal, Monte Carlo", type(trainer.beta)(mixdpo.LogNormal())),
         ("PointMass(0.1)", type(trainer.beta)(mixdpo.PointMass(0.1))),
         ("TRL's own beta = 0.1", 0.1),
     ):
@@ -156,6 +163,12 @@ def with_trl(code: str, folder: str) -> None:
         gap = abs(theirs.item() - ours.item())
         say(f"TRL: loss {theirs:.7f} is mixdpo_loss on the same log-probs, {name}: {gap:.1e} apart", gap < 1e-6)
     checkpoint = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))[-1]
+    weights = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    held = {name: weights.get(f"strength.{name}") for name, _ in strength.named_parameters()}
+    say(
+        f"TRL: {checkpoint.name} holds {', '.join(f'strength.{name}' for name in held)} as trained",
+        all(value is not None and torch.equal(value, strength.get_parameter(name)) for name, value in held.items()),
+    )
     saved = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     say("TRL: the checkpoint loads as a plain model", not hasattr(saved, "strength"))
     resumed(code, space, folder, checkpoint, copy.deepcopy(strength))

@@ -104,9 +104,7 @@ def bias(delta: float, draws: int, full: bool) -> Bias:
         gradients.append(gradient - m.d_log - (p * gradient / m.mean - p * slope / m.mean**2))
     value, gradient = torch.cat(values), torch.cat(gradients)
     root = math.sqrt(len(value))
-    return Bias(
-        value.mean().item(), value.std().item() / root, gradient.mean().item(), gradient.std().item() / root
-    )
+    return Bias(value.mean().item(), value.std().item() / root, gradient.mean().item(), gradient.std().item() / root)
 
 
 def _bias_rows(full: bool) -> list[Row]:

@@ -28,7 +28,7 @@ def travel(lr: float, size: float) -> float:
 
 
 def reach(strength: torch.nn.Module, lr: float, up: bool) -> tuple[float, float, float]:
-    """Mean, cv and variance after an epoch in which the parameters were pushed to raise (or lower) the variance all the time."""
+    """Mean, cv and variance after an epoch whose every update pushed the variance up, or down."""
     optimizer = torch.optim.RMSprop(strength.parameters(), lr=lr)
     for _ in range(UPDATES):
         optimizer.zero_grad()

@@ -193,7 +193,7 @@ def lognormal_trapezoid(a: float, loc: float, scale: float) -> Tail:
     with mp.workdps(DIGITS):
         a, loc, scale = mp.mpf(a), mp.mpf(loc), mp.mpf(scale)
         mode, curvature = _lognormal_peak(a, loc, scale)
-        # exp(-pi^2 / (scale step)) from the poles of sigma, exp(-2 pi^2 / (curvature step^2)) from the peak: below 1e-43.
+        # exp(-pi^2 / (scale step)) from the poles of sigma, exp(-2 pi^2 / (curvature step^2)) from the peak: < 1e-43.
         step = min(mp.pi**2 / (100 * scale), mp.mpf("0.22") / mp.sqrt(curvature))
         return Tail(*_trapezoid(_lognormal_integrand(a, loc, scale), mode, step))
 

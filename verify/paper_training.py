@@ -4,7 +4,8 @@ A policy small enough to be read here: one log-ratio per pair, delta_i, either f
 delta = X theta, trained by RMSprop for one epoch from the reference, delta = 0, as every DPO run does. Labels are
 drawn from sigma(beta delta*) with beta ~ Gamma(2, 16.7) and known delta*. Two starts: exactly 0, where case 3 of
 App. C has no gradient at all, and noise of sd 0.05 in delta, what a bfloat16 policy against a float32 reference has
-at step 0. The objective is a function delta -> log E, so that any other loop can be given the same two. Everything is in float64: rounding is not the subject.
+at step 0. The objective is a function delta -> log E, so that any other loop can be given the same two. Everything is
+in float64: rounding is not the subject.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,7 @@ def objectives() -> dict[str, LogProb]:
 
 @cache
 def _data() -> tuple[Tensor, Tensor, Tensor]:
-    """Features signed so that the first response is the chosen one; the last quarter is held out; and theta*."""
+    """Features signed so that the first response is the chosen one, training and held-out rows; and theta*."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(PAIRS * 4 // 3, FEATURES, generator=generator, dtype=torch.float64)
     theta = torch.randn(FEATURES, generator=generator, dtype=torch.float64)
@@ -46,7 +47,7 @@ def _data() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def train(log_prob: LogProb, noise: float, lr: float) -> dict[str, list[float]]:
-    """One epoch of a linear policy; accuracy on held-out pairs, mean |delta| and the share of right signs, by update."""
+    """One epoch of a linear policy; accuracy on held-out pairs, share of right signs and loss, by update."""
     x, held_out, _ = _data()
     offset = noise * torch.randn(PAIRS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     theta = torch.zeros(FEATURES, dtype=torch.float64, requires_grad=True)
@@ -110,7 +111,7 @@ def check(full: bool) -> list[Row]:
                     at_most(f"{label}: share of pairs whose first update goes the right way", SOURCE, "0", first, 0.05)
                 )
             rows.append(reported(f"{label}: held-out accuracy after one epoch ({PAIRS // BATCH} updates)", SOURCE,
-                                 f"{best:.3f} (true margins)", f"{last:.3f}" + " (all ties)" * (last == 0)))  # fmt: skip
+                                 f"{best:.3f} (true margins)", f"{last:.3f}{' (all ties)' * (last == 0)}"))  # fmt: skip
         frozen = len(set(table["n = 1000", 0.0]["loss"])) == 1
         rows.append(
             holds(f"n = 1000 from delta = 0 exactly, lr {lr:g}: the loss never changes", "Eq. 17", "log 2, constant",
@@ -122,7 +123,7 @@ def check(full: bool) -> list[Row]:
         ok = bool((delta > 0.2).all()) == (name == "exact")
         rows.append(
             holds(f"table of 64 margins from noise of sd 0.05, 400 updates, lr 1e-3, {name}: margins", SOURCE,
-                  "all above 0.2" if name == "exact" else "not all: the truncation has a trap on either side of 0", text, ok)
+                  "all above 0.2" if name == "exact" else "not all: traps on either side of 0", text, ok)
         )  # fmt: skip
     return rows
 

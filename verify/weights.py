@@ -102,14 +102,19 @@ def check(full: bool) -> list[Row]:
     rows.append(near("DPO: w(-1e5) / beta: contradicted pairs keep full weight", SOURCE, 1.0,
                      float(weight(models["DPO"], [-1e5])[0]) / mean, 1e-12))  # fmt: skip
     for name in ("Gamma", "LogNormal"):
-        below = weight(models["DPO"], np.linspace(-100, -0.5, 200)) > weight(models[name], np.linspace(-100, -0.5, 200))
         at = crossing(models[name], models["DPO"], 0.5, 100.0)
-        above = weight(models[name], np.linspace(at + 1, 300, 200)) > weight(models["DPO"], np.linspace(at + 1, 300, 200))
-        inside = weight(models[name], np.linspace(0.5, at - 1, 50)) < weight(models["DPO"], np.linspace(0.5, at - 1, 50))
+
+        def excess(low: float, high: float, model: torch.nn.Module = model) -> np.ndarray:
+            line = np.linspace(low, high, 200)
+            return weight(model, line) - weight(models["DPO"], line)
+
+        ordered = bool(
+            (excess(-100, -0.5) < 0).all() and (excess(0.5, at - 1) < 0).all() and (excess(at + 1, 300) > 0).all()
+        )
         rows.append(
             holds(f"{name}: w below DPO's for all delta < 0 and for 0 < delta < crossing, above beyond it", SOURCE,
                   "one crossing at delta > 0", f"crossing at delta = {at:.3f}",
-                  bool(below.all() and above.all() and inside.all()))
+                  ordered)
         )  # fmt: skip
         # d log E falls with delta wherever log E is concave.
         left = weight(models[name], np.linspace(-300, 0, 3001))
@@ -133,9 +138,7 @@ def figures(full: bool) -> dict[str, Figure]:
     }  # fmt: skip
     figure, axes = plots.panels(2, width=5)
     plotters: list[Callable[..., list]] = [axes[0].plot, axes[1].semilogy]
-    for axis, plot, grid in zip(
-        axes, plotters, (np.linspace(-100, 60, 801), np.linspace(0, 150, 601)), strict=True
-    ):
+    for axis, plot, grid in zip(axes, plotters, (np.linspace(-100, 60, 801), np.linspace(0, 150, 601)), strict=True):
         for name, model in models.items():
             colour, style = look[name]
             plot(grid, weight(model, grid), style, color=colour, lw=2, label=name)
