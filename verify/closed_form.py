@@ -228,10 +228,16 @@ def figures(full: bool) -> dict[str, Figure]:
         signed = np.sign(delta) * (np.log10(np.abs(delta) / rate) + 13)
         order = np.argsort(error)
         dots = axis.scatter(
-            signed[order], k[order], c=np.maximum(error[order], 0.1), s=9, cmap="cividis", norm=LogNorm(0.1, 1e3)
+            signed[order],
+            k[order],
+            c=np.maximum(error[order], 0.1),
+            s=9,
+            rasterized=True,
+            cmap="cividis",
+            norm=LogNorm(0.1, 1e3),
         )
         axis.set_yscale("log")
-        ticks = (-12, -6, 0, 6)
+        ticks = (-9, -3, 3)
         axis.set_xticks([-(t + 13) for t in ticks] + [t + 13 for t in ticks])
         axis.set_xticklabels([f"$-10^{{{t}}}$" for t in ticks] + [f"$10^{{{t}}}$" for t in ticks])
         axis.set_xlabel("delta / rate (signed logarithm)")

@@ -225,7 +225,7 @@ def figures(full: bool) -> dict[str, Figure]:
             axis.errorbar(DRAWS, np.abs(measured), 4 * error, fmt=marker, color=colour, label=f"delta = {delta:g}")
             axis.loglog(DRAWS, [abs(leading) / k for k in DRAWS], color=colour, lw=1)
     axes[0].set_title("|bias| of log p; lines: Var / (2 K mean²)")
-    axes[1].set_title("|bias| of d log p / d delta; lines: its derivative")
+    axes[1].set_title("|bias| of d log p / d delta; lines: theory")
     for axis in axes[:2]:
         axis.set_xlabel("draws K (paper: 16)")
         axis.legend()
@@ -237,6 +237,6 @@ def figures(full: bool) -> dict[str, Figure]:
         axes[2].loglog(grid, [r[2] / r[0] for r in rows], style, color=plots.ORANGE, label=f"+ baseline, {side}")
     axes[2].axhline(1, color=plots.BLACK, lw=1)
     axes[2].set_xlabel("|delta|")
-    axes[2].set_title("variance over the reparameterised one, d/d loc")
+    axes[2].set_title("d/d loc: variance over reparameterised")
     axes[2].legend(fontsize=8)
     return {"monte_carlo": figure}

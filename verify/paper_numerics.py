@@ -132,6 +132,6 @@ def figures(full: bool) -> dict[str, Figure]:
         axis.axvspan(-turning_point(), turning_point(), color=plots.BLACK, alpha=0.07, lw=0)
         axis.set_xlabel("delta (Gamma(2, 16.7)); shaded: gradient of the wrong sign")
         axis.set_title(title)
-        axis.legend(loc="lower right" if column == 0 else "upper right")
+        axis.legend(loc="upper left" if column == 0 else "lower right")
     axes[1].set_ylim(-3, 1)
     return {"paper_numerics": figure}

@@ -19,21 +19,22 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "font.size": 10,
-    "axes.titlesize": 10,
+    "axes.titlesize": 9,
     "legend.frameon": False,
     "svg.hashsalt": "verify",  # the same figure gives the same bytes
     "svg.fonttype": "none",
 }
 
 
+plt.rcParams.update(STYLE)
+
+
 def panels(columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Figure, list[plt.Axes]]:
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False)
+    figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False)
     return figure, list(axes[0])
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
-    with plt.rc_context(STYLE):
-        figure.savefig(folder / f"{name}.png", dpi=120)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(folder / f"{name}.png", dpi=100)
+    figure.savefig(folder / f"{name}.svg", dpi=100, metadata={"Date": None})
     plt.close(figure)

@@ -104,7 +104,7 @@ def check(full: bool) -> list[Row]:
     for name in ("Gamma", "LogNormal"):
         at = crossing(models[name], models["DPO"], 0.5, 100.0)
 
-        def excess(low: float, high: float, model: torch.nn.Module = model) -> np.ndarray:
+        def excess(low: float, high: float, model: torch.nn.Module = models[name]) -> np.ndarray:
             line = np.linspace(low, high, 200)
             return weight(model, line) - weight(models["DPO"], line)
 
@@ -146,7 +146,12 @@ def figures(full: bool) -> dict[str, Figure]:
             at = crossing(models[name], models["DPO"], 0.5, 100.0)
             axis.plot(at, weight(models[name], [at])[0], "o", color=look[name][0], mec=plots.BLACK, zorder=3)
             if axis is axes[1]:
-                axis.annotate(f"{at:.1f}", (at, weight(models[name], [at])[0]), (4, 8), textcoords="offset points")
+                axis.annotate(
+                    f"{at:.1f}",
+                    (at, weight(models[name], [at])[0]),
+                    (6, 6) if name == "Gamma" else (-28, -14),
+                    textcoords="offset points",
+                )
         axis.set_xlabel("delta (nats)")
         axis.set_ylabel("w = d log E / d delta")
     axes[0].plot(0, K / RATE / 2, "s", color=plots.BLACK, label="E[beta] / 2 at 0")
