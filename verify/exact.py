@@ -5,6 +5,8 @@ from torch import Tensor
 
 import mixdpo
 
+Strength = mixdpo.PointMass | mixdpo.LogNormal | mixdpo.Gamma
+
 
 class ExactGamma(mixdpo.Gamma):
     def __init__(self, concentration: Tensor, rate: Tensor) -> None:

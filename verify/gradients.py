@@ -17,6 +17,7 @@ from torch.func import functional_call
 import mixdpo
 from verify import oracle
 from verify.closed_form import rounding_bounds
+from verify.exact import Strength
 from verify.table import Row, at_most, holds, oracle_failed
 
 DELTAS = (-40.0, -3.0, -0.2, 0.0, 1e-3, 0.7, 5.0, 60.0)
@@ -25,7 +26,7 @@ LOGNORMALS = ((-2.3, 0.6), (-1.0, 0.2), (-2.3, 1.0))
 STEP = mp.mpf("1e-12")
 
 
-def _functional(strength: torch.nn.Module, **kwargs: Tensor) -> Callable[..., Tensor]:
+def _functional(strength: Strength, **kwargs: Tensor) -> Callable[..., Tensor]:
     """log_choice_prob as a function of delta and the raw parameters."""
     names = [name for name, _ in strength.named_parameters()]
 
@@ -46,13 +47,18 @@ def _functional(strength: torch.nn.Module, **kwargs: Tensor) -> Callable[..., Te
 def _automatic(second: bool) -> list[Row]:
     delta = torch.tensor(DELTAS, dtype=torch.float64, requires_grad=True)
     noise = torch.randn(len(DELTAS), 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    double = {"dtype": torch.float64}
-    cases = [(f"Gamma({k:g}, {r:g})", mixdpo.Gamma(k, r, **double), {}) for k, r in GAMMAS]
+    cases: list[tuple[str, Strength, dict[str, Tensor]]] = [
+        (f"Gamma({k:g}, {r:g})", mixdpo.Gamma(k, r, dtype=torch.float64), {}) for k, r in GAMMAS
+    ]
     cases += [
-        (f"LogNormal({loc:g}, {s:g}), quadrature", mixdpo.LogNormal(loc, s, estimator="quadrature", **double), {})
+        (
+            f"LogNormal({loc:g}, {s:g}), quadrature",
+            mixdpo.LogNormal(loc, s, estimator="quadrature", dtype=torch.float64),
+            {},
+        )
         for loc, s in LOGNORMALS
     ]
-    cases += [("LogNormal(-2.3, 0.6), Monte Carlo", mixdpo.LogNormal(**double), {"noise": noise})]
+    cases += [("LogNormal(-2.3, 0.6), Monte Carlo", mixdpo.LogNormal(dtype=torch.float64), {"noise": noise})]
     test, name = (torch.autograd.gradgradcheck, "gradgradcheck") if second else (torch.autograd.gradcheck, "gradcheck")
     bad = []
     for label, strength, kwargs in cases:
@@ -61,7 +67,7 @@ def _automatic(second: bool) -> list[Row]:
         if not ok:
             bad.append(label)
     chosen = (-50 * torch.rand(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).requires_grad_()
-    if not test(lambda x: mixdpo.dpo_loss(*x, beta=0.1, label_smoothing=0.1)[0], (chosen,), raise_exception=False):
+    if not test(lambda x: mixdpo.dpo_loss(x[0], x[1], x[2], x[3], 0.1, 0.1)[0], (chosen,), raise_exception=False):
         bad.append("dpo_loss")
     measured = f"wrong for {', '.join(bad)}" if bad else f"{len(cases) + 1} of {len(cases) + 1}"
     claim = f"{name} in float64: delta (0 among them) and raw parameters of {len(cases)} distributions; dpo_loss"
@@ -97,7 +103,7 @@ def _against_references(family: str, dtype: torch.dtype) -> tuple[float, float]:
     reference = _gamma_log_p if family == "Gamma" else _lognormal_log_p
     for parameters in GAMMAS if family == "Gamma" else LOGNORMALS:
         if family == "Gamma":
-            strength = mixdpo.Gamma(*parameters, dtype=dtype)
+            strength: Strength = mixdpo.Gamma(*parameters, dtype=dtype)
         else:
             strength = mixdpo.LogNormal(*parameters, estimator="quadrature", dtype=dtype)
         raw = list(strength.parameters())

@@ -135,7 +135,8 @@ def with_trl(code: str, folder: str) -> None:
         "model": model, "ref_model": ref_model, "tokenizer": tokenizer, "dataset": dataset, "args": args
     }  # fmt: skip
     exec(compile(code, "README.md: TRL", "exec"), space)
-    trainer, strength = space["trainer"], model.strength
+    trainer: Any = space["trainer"]
+    strength: Any = model.strength
     say(f"TRL: DPOTrainer is TRL's own, {trainer.state.global_step} steps", type(trainer) is trl.DPOTrainer)
     say("TRL: the policy moved", changed(model, before))
     say(
@@ -178,9 +179,9 @@ def resumed(code: str, space: dict[str, Any], folder: str, checkpoint: Path, las
     """Two halves: the snippet again on a fresh model, resumed from the middle, must end where the first run ended."""
     middle = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))[0]
     code = code.replace("trainer.train()", f"trainer.train(resume_from_checkpoint={str(middle)!r})")
-    again = {**space, "model": tiny_model(0), "ref_model": tiny_model(0)}
+    again: dict[str, Any] = {**space, "model": tiny_model(0), "ref_model": tiny_model(0)}
     exec(compile(code, "README.md: TRL, resumed", "exec"), again)
-    got = again["model"].strength
+    got: Any = again["model"].strength
     gap = max(abs(got.mean.item() - last.mean.item()), abs(got.cv.item() - last.cv.item()))
     say(f"TRL: resumed from {middle.name}, the strength ends where it did: {gap:.1e} apart", gap < 1e-7)
 

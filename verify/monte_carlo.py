@@ -174,9 +174,9 @@ def variances(delta: float) -> dict[str, tuple[float, float, float]]:
         pathwise = z * sigma * (1 - sigma) * path
         true = (w * pathwise).sum()
         baseline = (w * score.square() * sigma).sum() / (w * score.square()).sum()
-        result[name] = tuple(
-            ((w * g.square()).sum() - true**2).item() for g in (pathwise, sigma * score, (sigma - baseline) * score)
-        )
+        second = [(w * g.square()).sum() for g in (pathwise, sigma * score, (sigma - baseline) * score)]
+        plain, scored, based = (float(m - true**2) for m in second)
+        result[name] = plain, scored, based
     return result
 
 

@@ -10,6 +10,7 @@ and then grow can do better by up to a factor of 10 over a few updates; real one
 import torch
 
 import mixdpo
+from verify.exact import Strength
 from verify.table import Row, at_most, near, reported
 
 UPDATES = 860
@@ -27,7 +28,7 @@ def travel(lr: float, size: float) -> float:
     return p.item()
 
 
-def reach(strength: torch.nn.Module, lr: float, up: bool) -> tuple[float, float, float]:
+def reach(strength: Strength, lr: float, up: bool) -> tuple[float, float, float]:
     """Mean, cv and variance after an epoch whose every update pushed the variance up, or down."""
     optimizer = torch.optim.RMSprop(strength.parameters(), lr=lr)
     for _ in range(UPDATES):

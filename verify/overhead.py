@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import mixdpo
+from verify.exact import Strength
 from verify.paper_numerics import truncated_log_prob
 from verify.table import Row, reported
 
@@ -27,7 +28,7 @@ class _Truncated(mixdpo.Gamma):
         return truncated_log_prob(delta_r, self.concentration, self.rate)
 
 
-def _strengths() -> dict[str, torch.nn.Module]:
+def _strengths() -> dict[str, Strength]:
     return {
         "PointMass (DPO)": mixdpo.PointMass(),
         "Gamma, closed form": mixdpo.Gamma(),
@@ -51,9 +52,9 @@ def _ratios(runs: dict[str, Callable[[], None]], rounds: int) -> tuple[float, di
 
 def _alone(pairs: int) -> dict[str, Callable[[], None]]:
     logps = -100 * torch.rand(4, pairs, generator=torch.Generator().manual_seed(0))
-    logps.requires_grad_()
+    a, b, c, d = (row.requires_grad_() for row in logps)
     return {
-        name: lambda s=strength: mixdpo.mixdpo_loss(*logps, s)[0].mean().backward()  # type: ignore[misc]
+        name: lambda s=strength: mixdpo.mixdpo_loss(a, b, c, d, s)[0].mean().backward()  # type: ignore[misc]
         for name, strength in _strengths().items()
     }
 
@@ -73,11 +74,11 @@ def _step() -> dict[str, Callable[[], None]]:
     ids = torch.randint(4096, (8, 96), generator=generator)
     reference = -800 * torch.rand(2, 4, generator=generator)
 
-    def step(strength: torch.nn.Module) -> None:
+    def step(strength: Strength) -> None:
         logits = _model()(ids).logits[:, :-1].float()
         picked = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
         chosen, rejected = picked[:, 48:].sum(-1).chunk(2)
-        mixdpo.mixdpo_loss(chosen, rejected, *reference, strength)[0].mean().backward()
+        mixdpo.mixdpo_loss(chosen, rejected, reference[0], reference[1], strength)[0].mean().backward()
 
     return {name: lambda s=strength: step(s) for name, strength in _strengths().items()}  # type: ignore[misc]
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 import mixdpo
 from verify import plots
+from verify.exact import Strength
 from verify.table import Row, at_most, holds, near
 
 MEAN = 0.1
@@ -44,11 +45,11 @@ def _loss_and_gradients(loss: Callable[..., tuple[torch.Tensor, ...]]) -> tuple[
 
 
 def _dpo() -> tuple[torch.Tensor, ...]:
-    return _loss_and_gradients(lambda *logps: mixdpo.dpo_loss(*logps, beta=MEAN))
+    return _loss_and_gradients(lambda a, b, c, d: mixdpo.dpo_loss(a, b, c, d, MEAN))
 
 
-def _mixture(strength: torch.nn.Module) -> tuple[torch.Tensor, ...]:
-    return _loss_and_gradients(lambda *logps: mixdpo.mixdpo_loss(*logps, strength))
+def _mixture(strength: Strength) -> tuple[torch.Tensor, ...]:
+    return _loss_and_gradients(lambda a, b, c, d: mixdpo.mixdpo_loss(a, b, c, d, strength))
 
 
 @cache
@@ -61,7 +62,7 @@ def distances(family: str) -> list[tuple[float, float, float, float, float]]:
     curvature = -(p * (1 - p) * (1 - 2 * p)) * delta.square() / 2 / p  # of -log E, per unit of variance
     for x in CONCENTRATIONS if family == "Gamma" else SCALES:
         if family == "Gamma":
-            strength = mixdpo.Gamma(x, x / MEAN, dtype=torch.float64)
+            strength: Strength = mixdpo.Gamma(x, x / MEAN, dtype=torch.float64)
             relative_variance = 1 / x
         else:
             loc = math.log(MEAN) - x * x / 2

@@ -85,11 +85,11 @@ def check(full: bool) -> list[Row]:
                  f"{error(worst, math.ceil(64 * max(1.0, worst)), 1e6):.1e} at scale {worst:g}")
     )  # fmt: skip
     for scale in (1.0, 2.0, 4.0):
-        nodes = [n for n in NODES if 1e-12 < error(scale, n, 30.0) < 1e-3]
-        x = [math.pi**2 * (n - 1) / (16 * scale) for n in nodes]
-        slope = np.polyfit(x, [math.log(error(scale, n, 30.0)) for n in nodes], 1)[0] if len(nodes) > 1 else math.nan
+        counts = [n for n in NODES if 1e-12 < error(scale, n, 30.0) < 1e-3]
+        x = [math.pi**2 * (n - 1) / (16 * scale) for n in counts]
+        slope = np.polyfit(x, [math.log(error(scale, n, 30.0)) for n in counts], 1)[0]
         rows.append(
-            near(f"scale {scale:g}: decay of log error per pi^2 / (scale step), {len(nodes)} node counts", SOURCE, -1.0,
+            near(f"scale {scale:g}: decay of log error per pi^2 / (scale step), {len(counts)} counts", SOURCE, -1.0,
                  slope, 0.15)
         )  # fmt: skip
     return rows

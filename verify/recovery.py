@@ -152,15 +152,14 @@ def fit_monte_carlo(counts: np.ndarray, size: int, draws: int, seed: int) -> Fit
     """In float32, whose rounding is far below the noise of the draws; some replications at a time."""
     delta = margins().float().repeat_interleave(counts.shape[-1])
     per_row = size // len(delta)
+    batched = vmap(lambda t, c, e: _step("LogNormal", t, delta, c, per_row, e))
     generator, parts = torch.Generator().manual_seed(seed), []
     for y in torch.from_numpy(counts).float().flatten(1).split(max(1, 2**21 // (len(delta) * draws))):
         noise = torch.randn(len(y), len(delta), draws, generator=generator)
-        batched = vmap(lambda t, c, e: _step("LogNormal", t, delta, c, per_row, e))
 
-        def step(
-            theta: Tensor, y: Tensor = y, noise: Tensor = noise, batched: Callable = batched
-        ) -> tuple[Tensor, ...]:
-            return tuple(x.double() for x in batched(theta.float(), y, noise))
+        def step(theta: Tensor, y: Tensor = y, noise: Tensor = noise) -> tuple[Tensor, Tensor, Tensor]:
+            score, information, log_likelihood = batched(theta.float(), y, noise)
+            return score.double(), information.double(), log_likelihood.double()
 
         start = torch.tensor([math.log(MEAN), 0.4], dtype=torch.float64).expand(len(y), 2)
         parts.append(_scoring(step, start, True, 1e-3, 12))
@@ -320,7 +319,7 @@ def figures(full: bool) -> dict[str, Figure]:
     axes[0].legend(fontsize=8)
     for family, colour in (("Gamma", plots.BLUE), ("LogNormal", plots.GREEN)):
         exact = "Gamma" if family == "Gamma" else "LogNormal quadrature"
-        bins = np.linspace(0, 1.2, 49)
+        bins = np.linspace(0, 1.2, 49).tolist()
         axes[1].hist(
             homogeneous(family, 10_000)[0].cv, bins, histtype="step", color=colour, label=f"{family}, one beta"
         )

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 import mixdpo
 from verify import oracle, plots
+from verify.exact import Strength
 from verify.table import Row, at_most, holds, near, oracle_failed
 
 K, RATE = 2.0, 16.7
@@ -30,17 +31,19 @@ SCALE = 0.6
 SOURCE = "Sec. 1: 'downweights ambiguous ...'"
 
 
-def strengths() -> dict[str, torch.nn.Module]:
+def strengths() -> dict[str, Strength]:
     """Three losses at the mean of Gamma(2, 16.7)."""
-    mean, double = K / RATE, {"dtype": torch.float64}
+    mean = K / RATE
     return {
-        "DPO": mixdpo.PointMass(mean, **double),
-        "LogNormal": mixdpo.LogNormal(math.log(mean) - SCALE**2 / 2, SCALE, estimator="quadrature", **double),
-        "Gamma": mixdpo.Gamma(K, RATE, **double),
+        "DPO": mixdpo.PointMass(mean, dtype=torch.float64),
+        "LogNormal": mixdpo.LogNormal(
+            math.log(mean) - SCALE**2 / 2, SCALE, estimator="quadrature", dtype=torch.float64
+        ),
+        "Gamma": mixdpo.Gamma(K, RATE, dtype=torch.float64),
     }
 
 
-def weight(strength: torch.nn.Module, delta: np.ndarray | list[float]) -> np.ndarray:
+def weight(strength: Strength, delta: np.ndarray | list[float]) -> np.ndarray:
     d = torch.tensor(np.asarray(delta), dtype=torch.float64, requires_grad=True)
     return torch.autograd.grad(strength.log_choice_prob(d).sum(), d)[0].numpy()
 
@@ -58,7 +61,7 @@ def _reference(name: str, delta: float) -> tuple[float, float]:
     return float(oracle.choice(tails[0], delta < 0)[1]), float(oracle.disagreement(tails))
 
 
-def crossing(first: torch.nn.Module, second: torch.nn.Module, low: float, high: float) -> float:
+def crossing(first: Strength, second: Strength, low: float, high: float) -> float:
     """The delta in (low, high) where the weights are equal, by bisection."""
 
     def gap(d: float) -> float:
@@ -104,7 +107,7 @@ def check(full: bool) -> list[Row]:
     for name in ("Gamma", "LogNormal"):
         at = crossing(models[name], models["DPO"], 0.5, 100.0)
 
-        def excess(low: float, high: float, model: torch.nn.Module = models[name]) -> np.ndarray:
+        def excess(low: float, high: float, model: Strength = models[name]) -> np.ndarray:
             line = np.linspace(low, high, 200)
             return weight(model, line) - weight(models["DPO"], line)
 
