@@ -175,7 +175,7 @@ def with_trl(code: str, folder: str) -> None:
     resumed(code, space, folder, checkpoint, copy.deepcopy(strength))
 
 
-def resumed(code: str, space: dict[str, Any], folder: str, checkpoint: Path, last: torch.nn.Module) -> None:
+def resumed(code: str, space: dict[str, Any], folder: str, checkpoint: Path, last: Any) -> None:
     """Two halves: the snippet again on a fresh model, resumed from the middle, must end where the first run ended."""
     middle = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))[0]
     code = code.replace("trainer.train()", f"trainer.train(resume_from_checkpoint={str(middle)!r})")

@@ -128,10 +128,10 @@ def figures(full: bool) -> dict[str, Figure]:
             axis.plot(grid[side], cut[side, column], "--", color=plots.RED, lw=2)
             axis.plot(grid[side], exact[side, column], color=plots.BLUE, lw=2)
         axis.plot([], [], color=plots.BLUE, label="exact")
-        axis.plot([], [], "--", color=plots.RED, label="n = 1000 terms (App. C.1)")
+        axis.plot([], [], "--", color=plots.RED, label="n = 1000 (App. C.1)")
         axis.axvspan(-turning_point(), turning_point(), color=plots.BLACK, alpha=0.07, lw=0)
         axis.set_xlabel("delta (Gamma(2, 16.7)); shaded: gradient of the wrong sign")
         axis.set_title(title)
-        axis.legend(loc="upper left" if column == 0 else "lower right")
+    axes[0].legend(loc="lower right", fontsize=8)
     axes[1].set_ylim(-3, 1)
     return {"paper_numerics": figure}

@@ -127,8 +127,9 @@ def check(full: bool) -> list[Row]:
                   "maximum inside (-300, 0)", f"w = {left.max():.4f} at delta = {peak:.1f}", -299 < peak < -0.1)
         )  # fmt: skip
     verdict = (
-        "equal to DPO at 0 (no downweighting of ambiguous pairs); contradicted pairs are downweighted; "
-        "well-fitted pairs keep more weight than in DPO"
+        "equal to DPO at 0, and below it near 0 by second order only: ambiguous pairs are not singled out; "
+        "contradicted pairs are downweighted; "
+        "well-fitted pairs, beyond the crossing, keep more weight than in DPO"
     )
     rows.append(Row("in plain words", SOURCE, "the claim", verdict, "none", "reported"))
     return rows
