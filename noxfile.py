@@ -1,4 +1,4 @@
-"""The project's commands: `pip install nox`, then `nox -s demo`, `tests`, `lint`, `verify`.
+"""The project's commands: `pip install nox`, then `nox -s demo`, `tests`, `lint`, `verify`, `interop`.
 
 Each session has its own environment under .nox/, installed once from the pinned groups of pyproject.toml.
 """
@@ -54,3 +54,10 @@ def verify(session: nox.Session) -> None:
     """Every numerical claim against its oracle; `nox -s verify -- NAME` for one."""
     install(session, "dev")
     session.run("python", "-m", "verify", *session.posargs)
+
+
+@nox.session
+def interop(session: nox.Session) -> None:
+    """The README's snippets, in a plain loop and in TRL's unmodified DPOTrainer, and what is claimed of them."""
+    install(session, "dev", "interop")
+    session.run("python", "-m", "verify.interop", "README.md")

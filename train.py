@@ -1294,7 +1294,7 @@ def beta_metrics(strength: Strength) -> dict[str, float]:
 
 
 def strength_values(strength: Strength) -> dict[str, float]:
-    names = {PointMass: ("beta",), LogNormal: ("loc", "scale"), Gamma: ("concentration", "rate")}[type(strength)]
+    names = [name for name in ("beta", "loc", "scale", "concentration", "rate") if hasattr(strength, name)]
     return {name: getattr(strength, name).item() for name in names}
 
 

@@ -35,6 +35,7 @@ CHECKS = (
     "quadrature",
     "paper_numerics",
     "paper_training",
+    "paper_demo",
     "storage_precision",
     "optimizer_scale",
     "recovery",

@@ -6,7 +6,7 @@ the nearest double already costs |log T| eps (2e-14 at T = 1e-40). That is not a
 log T as an intermediate, and there the error is measured over (1 + |log T|).
 Where the reference is below the normal range of the dtype the result has to be as small.
 
-The bounds are worst cases of rounding to first order, fixed before measuring. With unit roundoff u and weights w_n a
+The bounds are worst cases of rounding to first order. With unit roundoff u and weights w_n a
 term w_n (1 + n u)^-k is off by at most 8 u |w_n| (1 for the weight, 1.9 for exp(-z), z rounded by 4 z u, 5 for a
 pairwise sum), F >= 1/2 and |log T| >= log 2: 23 u sum |w_n| for the value. In a derivative the terms carry a factor
 n at worst, which F does not divide out: 32 u sum n |w_n|. (The acceleration itself is below this: series_bound.)

@@ -27,10 +27,7 @@ SOURCE = "Sec. 3.3, App. C.1"
 
 def objectives() -> dict[str, LogProb]:
     k, rate = torch.tensor(2.0, dtype=torch.float64), torch.tensor(16.7, dtype=torch.float64)
-    return {
-        "exact": ExactGamma(k, rate).log_choice_prob,
-        "n = 1000": lambda delta: truncated_log_prob(delta, k, rate),
-    }
+    return {"exact": ExactGamma(k, rate).log_choice_prob, "n = 1000": lambda delta: truncated_log_prob(delta, k, rate)}
 
 
 @cache

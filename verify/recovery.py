@@ -200,10 +200,7 @@ def _recovery_rows(full: bool) -> list[Row]:
         truth = TRUE_CV[name.split()[0]]
         for size in SIZES:
             fit = experiment(name, size, full)
-            for what, values, se, true in (
-                ("mean", fit.mean, fit.mean_se, MEAN),
-                ("cv", fit.cv, fit.cv_se, truth),
-            ):
+            for what, values, se, true in (("mean", fit.mean, fit.mean_se, MEAN), ("cv", fit.cv, fit.cv_se, truth)):
                 bias, error = _bias(values, true)
                 cover = _coverage(values, se, true)
                 label = f"{name}, N = {size:,}: {what}"
