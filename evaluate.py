@@ -36,6 +36,7 @@ from train import (
     Parser,
     UserError,
     World,
+    check_sharing,
     data_options,
     load_preferences,
     load_tokenizer,
@@ -93,14 +94,16 @@ def group_labels(rows: datasets.Dataset, by: Sequence[str] | None) -> dict[str, 
     return {name: values for name, values in labels.items() if set(values) != {None}}
 
 
-def load_policy(path: Path, world: World) -> nn.Module:
+def load_policy(path: Path, pairs: Pairs, world: World) -> nn.Module:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError) as e:
         raise UserError(f"{path} cannot be loaded ({str(e).splitlines()[0]})") from e
-    return model.eval().to(world.device)
+    model = model.eval().to(world.device)
+    check_sharing(model, pairs, world)
+    return model
 
 
 # --- margins ---------------------------------------------------------------------------------------------------------
@@ -406,7 +409,7 @@ def command_margins(args: argparse.Namespace, world: World) -> None:
                 )
     values = {}
     for name, directory in directories.items():
-        model = load_policy(directory, world)
+        model = load_policy(directory, pairs, world)
         logps = score_all(model, pairs, 64 * world.size, args.micro_batch_tokens, world, f"margins, {name}")
         values[name] = margins(logps, pairs)
         del model

@@ -949,13 +949,62 @@ def response_logps(model: nn.Module, rows: Rows) -> list[Tensor]:
     return sums
 
 
+def plain_logps(model: nn.Module, prompts: Sequence[Sequence[int]], responses: Any, device: Any) -> Tensor:
+    """The same for one response a row, the way every causal model understands: padded right, an ordinary mask."""
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    real, scored = torch.zeros_like(ids), torch.zeros_like(ids)
+    for b, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        ids[b, : len(row)] = torch.tensor(row)
+        real[b, : len(row)] = 1
+        scored[b, len(prompt) : len(row)] = 1
+    ids, real, scored = ids.to(device), real.to(device), scored.to(device)
+    logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logps = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return (logps * scored[:, 1:]).sum(-1)
+
+
+def score(model: nn.Module, prompts: Sequence[Any], responses: Sequence[Sequence[Any]], device: Any) -> list[Tensor]:
+    """Log-probs (B,) of each of the responses that share B prompts, by the way that check_sharing found right."""
+    if getattr(model, "plain_rows", False):
+        return [plain_logps(model, prompts, response, device) for response in responses]
+    return response_logps(model, build_rows(prompts, responses, device))
+
+
 def score_pairs(
     model: nn.Module, pairs: Pairs, index: Sequence[int], device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
     """(chosen, rejected) log-probs of some of the pairs, each (len(index),)."""
     some = pairs.select(index)
-    chosen, rejected = response_logps(model, build_rows(some.prompts, [some.chosen, some.rejected], device))
+    chosen, rejected = score(model, some.prompts, [some.chosen, some.rejected], device)
     return chosen, rejected
+
+
+@torch.no_grad()
+def check_sharing(model: nn.Module, pairs: Pairs, world: "World") -> None:
+    """Compares shared rows with plain ones on the longest pairs, and falls back to plain rows if they differ.
+
+    Some architectures cannot share a prompt: those whose positions are not position_ids (ALiBi), or whose attention is
+    cut to a window by the mask that a shared row replaces.
+    """
+    model.plain_rows = False  # type: ignore[assignment]
+    length = [len(p) + len(c) + len(r) for p, c, r in zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True)]
+    some = pairs.select(sorted(range(len(pairs)), key=lambda i: -length[i])[:4])
+    plain = torch.stack([plain_logps(model, some.prompts, r, world.device) for r in (some.chosen, some.rejected)])
+    tokens = torch.tensor([[len(r) for r in side] for side in (some.chosen, some.rejected)], device=world.device)
+    try:
+        shared = torch.stack(score_pairs(model, some, range(len(some)), world.device))
+        apart = ((shared - plain).abs() / tokens).max().item()
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        apart = math.inf
+    # float32 rounding leaves 1e-5 nat per token; a wrong mask or position leaves tenths.
+    if not apart < 1e-3:
+        model.plain_rows = True  # type: ignore[assignment]
+        kind = type(model).__name__
+        world.print(
+            f"{kind} cannot share a prompt between responses ({apart:.2g} nat per token off): plain rows, slower"
+        )
 
 
 def deal(lengths: Sequence[Sequence[int]], ranks: int, budget: int) -> list[list[list[int]]]:
@@ -1035,8 +1084,11 @@ def start_processes() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def load_model(model: str, compute: str, world: World, seed: int = 0) -> nn.Module:
-    """float32 master weights, sharded over the ranks by FSDP2, computing in `compute`; dropout off."""
+def load_model(model: str, compute: str, world: World, pairs: Pairs, seed: int = 0) -> nn.Module:
+    """float32 master weights, sharded over the ranks by FSDP2, computing in `compute`; dropout off.
+
+    `pairs`: on the longest of them it is checked, before sharding, that the model can share prompts.
+    """
     torch.manual_seed(seed)
     if model == "tiny":
         network = AutoModelForCausalLM.from_config(model_config(model), dtype=torch.float32, attn_implementation="sdpa")
@@ -1048,6 +1100,7 @@ def load_model(model: str, compute: str, world: World, seed: int = 0) -> nn.Modu
         except (OSError, ValueError, RuntimeError, SafetensorError) as e:
             raise UserError(f"model {model} cannot be loaded ({str(e).splitlines()[0]})") from e
     network.eval().to(world.device)
+    check_sharing(network, pairs, world)
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy()
     if compute == "bfloat16":
@@ -1143,9 +1196,9 @@ def has_sft(config: Config, examples: list[Example], tokenizer: Any) -> bool:
     return True
 
 
-def sft(config: Config, model: str, tokenizer: Any, examples: list[Example], world: World) -> None:
+def sft(config: Config, model: str, tokenizer: Any, examples: list[Example], pairs: Pairs, world: World) -> None:
     """Trains on the chosen responses, from `model` into --sft-dir."""
-    network = load_model(model, config.policy_dtype, world, config.seed)
+    network = load_model(model, config.policy_dtype, world, pairs, config.seed)
     optimizer, schedule = optimizer_for([{"params": list(network.parameters()), "lr": config.sft_lr}], config.warmup)
     losses: list[float] = []
     with world.bar(config.sft_epochs * len(examples), "SFT", "example") as bar:
@@ -1173,8 +1226,8 @@ def sft_gradients(examples: list[Example], network: nn.Module, budget: int, worl
 
     def loss_of(members: list[list[int]]) -> Tensor:
         mine = members[world.rank]
-        rows = build_rows([examples[i][0] for i in mine], [[examples[i][1] for i in mine]], world.device)
-        loss = -(response_logps(network, rows)[0] * present(mine, world.device)).sum() / tokens
+        (logps,) = score(network, [examples[i][0] for i in mine], [[examples[i][1] for i in mine]], world.device)
+        loss = -(logps * present(mine, world.device)).sum() / tokens
         total.add_(loss.detach())
         return loss * world.size
 
@@ -1235,7 +1288,7 @@ def reference_pass(config: Config, splits: dict[str, Pairs], world: World) -> di
             )
         world.print(f"reference: log-probs taken from {path}")
         return scores
-    network = load_model(str(model), config.reference_dtype, world)
+    network = load_model(str(model), config.reference_dtype, world, splits["train"])
     # Without gradients a micro-batch holds no activations: four times the tokens fit.
     budget = 4 * config.micro_batch_tokens
     batch = max(config.eval_batch_size, config.batch_size)
@@ -1502,10 +1555,10 @@ def run(config: Config, world: World) -> None:
     if ready:
         world.print(f"SFT: taken from {config.sft_dir}")
     else:
-        sft(config, model, tokenizer, examples, world)
+        sft(config, model, tokenizer, examples, splits["train"], world)
     reference = reference_pass(config, splits, world)
     gc.collect()
-    network = load_model(config.sft_dir, config.policy_dtype, world)
+    network = load_model(config.sft_dir, config.policy_dtype, world, splits["train"])
     strength = train(config, splits, reference, network, world)
     output = Path(config.output_dir)
     export(network, tokenizer, output / "policy", world)

@@ -13,7 +13,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    Qwen2Config,
+)
 
 import train
 from tests.conftest import SMALL, metrics, run_command
@@ -151,6 +162,40 @@ def test_shared_rows_equal_plain_forwards(kind):
     theirs = torch.autograd.grad((plain[0] - 0.5 * plain[1]).sum(), parameters)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+ARCHITECTURES = {  # and whether a prompt can be shared between responses
+    "llama": (LlamaConfig, {}, True),
+    "gpt_neox": (GPTNeoXConfig, {}, True),
+    "gemma": (GemmaConfig, {"head_dim": 8}, True),
+    "phi": (PhiConfig, {}, True),
+    "qwen2": (Qwen2Config, {}, True),
+    "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}, True),
+    "mistral, window longer than the rows": (MistralConfig, {"sliding_window": 64}, True),
+    "mistral, window shorter": (MistralConfig, {"sliding_window": 8}, False),
+    "bloom (ALiBi)": (BloomConfig, {"n_layer": 2, "n_head": 4}, False),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_are_shared_or_refused_but_always_right(name, capsys):
+    family, changes, shared = ARCHITECTURES[name]
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    shape |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family(**shape | changes), attn_implementation=None).eval()
+    pairs, world = random_pairs(), train.World(0, 1, torch.device("cpu"))
+    train.check_sharing(model, pairs, world)
+    assert model.plain_rows != shared
+    assert ("cannot share a prompt" in capsys.readouterr().out) != shared
+    with torch.no_grad():
+        chosen, rejected = train.score_pairs(model, pairs, range(len(pairs)), "cpu")
+        for i, (prompt, sides) in enumerate(
+            zip(pairs.prompts, zip(pairs.chosen, pairs.rejected, strict=True), strict=True)
+        ):
+            for got, response in zip((chosen[i], rejected[i]), sides, strict=True):
+                torch.testing.assert_close(got, plain_logps(model, prompt, response), rtol=1e-4, atol=1e-3)
 
 
 def test_logps_of_a_model_known_by_hand():
