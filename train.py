@@ -1444,7 +1444,7 @@ def train(
     strength = make_strength(config, world.device)
     groups: list[dict[str, Any]] = [{"params": list(network.parameters()), "lr": config.lr}]
     if list(strength.parameters()):
-        # RMSprop is scale-free: at the policy's lr of 5e-7 a strength parameter would move 4e-4 in a whole run.
+        # RMSprop is scale-free: at the policy's lr of 5e-7 a strength parameter would move 5e-4 in a whole run.
         groups.append({"params": list(strength.parameters()), "lr": config.beta_lr})
     optimizer, schedule = optimizer_for(groups, config.warmup)
     reference_logps = torch.from_numpy(reference["train"]).to(world.device)
