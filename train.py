@@ -1585,6 +1585,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: error: {e}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as e:
+        # Of whatever rank: the others only see that it is gone.
+        print(f"train.py: out of memory: lower --micro-batch-tokens ({str(e).splitlines()[0]})", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "train.py: interrupted; the SFT checkpoint and the reference log-probs are kept if whole", file=sys.stderr
+        )
+        return 130
     return 0
 
 
