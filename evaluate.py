@@ -51,6 +51,7 @@ from train import (
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey by their lightness.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 3)), (0, (1, 1)))  # curves that coincide stay visible
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
@@ -288,12 +289,12 @@ def draw_margins(result: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), width_ratios=[2, 1, 1, 1], layout="constrained")
     bins = np.histogram_bin_edges(np.concatenate([entry["sum"] for entry in result["values"].values()]), 50)
     colors = color_of(list(result["values"]))
-    for name, values in result["values"].items():
+    for i, (name, values) in enumerate(result["values"].items()):
         axes[0].hist(values["sum"], bins, histtype="step", color=colors[name], label=name)
         axes[0].axvline(np.mean(values["sum"]), color=colors[name], linestyle="--", linewidth=1)
         for axis, part in zip(axes[1:], ("mean", "variance", "cv"), strict=True):
             if history := result["strength"].get(name):
-                axis.plot(history["examples"], history[part], color=colors[name])
+                axis.plot(history["examples"], history[part], color=colors[name], linestyle=DASHES[i % len(DASHES)])
     axes[0].set(xlabel="preference margin (nats; dashed: mean)", ylabel=f"pairs (n = {result['n']})")
     axes[0].legend(frameon=False, fontsize=7)
     for axis, part in zip(axes[1:], ("mean", "variance", "cv"), strict=True):
@@ -342,10 +343,10 @@ def draw_strength(runs: dict[str, Path], path: Path) -> None:
     """Figs. 4/7: variance and cv of beta over training."""
     plt = load_pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(7.5, 2.8), layout="constrained")
-    for name, run in runs.items():
+    for i, (name, run) in enumerate(runs.items()):
         history = beta_history(run)
         for axis, part in zip(axes, ("variance", "cv"), strict=True):
-            axis.plot(history["examples"], history[part], label=name)
+            axis.plot(history["examples"], history[part], label=name, linestyle=DASHES[i % len(DASHES)])
     for axis, part in zip(axes, ("variance", "cv (sd / mean)"), strict=True):
         axis.set(xlabel="training examples", ylabel=f"{part} of beta")
         axis.ticklabel_format(axis="y", useOffset=False)
