@@ -355,12 +355,13 @@ def draw_strength(runs: dict[str, Path], path: Path) -> None:
     plt.close(figure)
 
 
-def density(values: dict[str, Any], beta: np.ndarray) -> np.ndarray:
-    """The density of a LogNormal or Gamma strength; values as in strength.json or config.json."""
+def density(family: str, values: dict[str, Any], beta: np.ndarray) -> np.ndarray:
+    """The density of a lognormal or gamma strength; values as in strength.json or config.json."""
     with torch.no_grad():
-        gamma = values["dist"] == "gamma"
-        family = torch.distributions.Gamma if gamma else torch.distributions.LogNormal
-        law = family(*(values[name] for name in (("concentration", "rate") if gamma else ("loc", "scale"))))
+        if family == "gamma":
+            law: Any = torch.distributions.Gamma(values["concentration"], values["rate"])
+        else:
+            law = torch.distributions.LogNormal(values["loc"], values["scale"])
         return law.log_prob(torch.from_numpy(beta)).exp().numpy()
 
 
@@ -371,9 +372,10 @@ def draw_densities(runs: dict[str, Path], path: Path) -> None:
     beta = np.linspace(1e-3, 0.5, 500)
     for i, (name, run) in enumerate(runs.items()):
         learned = read_json(run / "strength.json")
-        if learned["dist"] != "dpo":
-            axis.plot(beta, density(learned, beta), color=COLORS[i % len(COLORS)], label=name)
-            axis.plot(beta, density(read_json(run / "config.json"), beta), color=COLORS[i % len(COLORS)], linestyle=":")
+        family, color = learned["family"], COLORS[i % len(COLORS)]
+        if family != "dpo":
+            axis.plot(beta, density(family, learned, beta), color=color, label=name)
+            axis.plot(beta, density(family, read_json(run / "config.json"), beta), color=color, linestyle=":")
     axis.set(xlabel="beta", ylabel="density (dotted: initial)", xlim=(0, 0.5), ylim=(0, None))
     if axis.lines:
         axis.legend(frameon=False, fontsize=7)

@@ -1563,7 +1563,7 @@ def run(config: Config, world: World) -> None:
     output = Path(config.output_dir)
     export(network, tokenizer, output / "policy", world)
     if world.rank == 0:
-        summary = {"dist": config.dist, "learned": bool(list(strength.parameters()))} | strength_values(strength)
+        summary = {"family": config.dist, "learned": bool(list(strength.parameters()))} | strength_values(strength)
         write_json(output / "strength.json", summary | {k[5:]: v for k, v in beta_metrics(strength).items()})
     world.print(f"{strength}: policy and strength are in {output}")
 
