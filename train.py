@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import gc
 import gzip
 import hashlib
@@ -981,6 +982,11 @@ def score_pairs(
     return chosen, rejected
 
 
+@functools.cache
+def say_once(message: str) -> None:
+    print(message, flush=True)
+
+
 @torch.no_grad()
 def check_sharing(model: nn.Module, pairs: Pairs, world: "World") -> None:
     """Compares shared rows with plain ones on the longest pairs, and falls back to plain rows if they differ.
@@ -1001,10 +1007,8 @@ def check_sharing(model: nn.Module, pairs: Pairs, world: "World") -> None:
     # float32 rounding leaves 1e-5 nat per token; a wrong mask or position leaves tenths.
     if not apart < 1e-3:
         model.plain_rows = True  # type: ignore[assignment]
-        kind = type(model).__name__
-        world.print(
-            f"{kind} cannot share a prompt between responses ({apart:.2g} nat per token off): plain rows, slower"
-        )
+        if world.rank == 0:
+            say_once(f"{type(model).__name__} cannot share a prompt between two responses: plain rows are used, slower")
 
 
 def deal(lengths: Sequence[Sequence[int]], ranks: int, budget: int) -> list[list[list[int]]]:

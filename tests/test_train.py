@@ -184,6 +184,7 @@ def test_architectures_are_shared_or_refused_but_always_right(name, capsys):
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     shape |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
     torch.manual_seed(0)
+    train.say_once.cache_clear()
     model = AutoModelForCausalLM.from_config(family(**shape | changes), attn_implementation=None).eval()
     pairs, world = random_pairs(), train.World(0, 1, torch.device("cpu"))
     train.check_sharing(model, pairs, world)
