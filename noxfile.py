@@ -1,6 +1,6 @@
-"""The project's commands: `pip install nox`, then `nox -s demo`, `tests`, `lint`, `verify`.
+"""The project's commands: `pip install nox`, then `nox -s demo`, `tests`, `lint`, `verify`, `judge`.
 
-All sessions share one environment, so that torch is installed once.
+All sessions but `judge` share one environment, so that torch is installed once.
 """
 
 import nox
@@ -52,3 +52,10 @@ def verify(session: nox.Session) -> None:
     """Every numerical claim against its oracle; `nox -s verify -- NAME` for one."""
     install(session, "dev")
     session.run("python", "-m", "verify", *session.posargs)
+
+
+@nox.session(venv_location=".nox/judge")
+def judge(session: nox.Session) -> None:
+    """Win rates end to end with `transformers serve`: it answers for a policy and is the judge."""
+    install(session, "dev", "judge")
+    session.run("python", "-m", "verify.judge_session", *session.posargs)
