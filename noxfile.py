@@ -1,4 +1,4 @@
-"""The project's commands: `pip install nox`, then `nox -s demo`, `tests`, `lint`, `verify`, `interop`.
+"""The project's commands: `pip install nox`, then `nox -s demo`, `tests`, `lint`, `verify`, `interop`, `judge`.
 
 Each session has its own environment under .nox/, installed once from the pinned groups of pyproject.toml.
 """
@@ -61,3 +61,10 @@ def interop(session: nox.Session) -> None:
     """The README's snippets, in a plain loop and in TRL's unmodified DPOTrainer, and what is claimed of them."""
     install(session, "dev", "interop")
     session.run("python", "-m", "verify.interop", "README.md")
+
+
+@nox.session
+def judge(session: nox.Session) -> None:
+    """Win rates end to end with `transformers serve`: it answers for a policy and is the judge."""
+    install(session, "dev", "judge")
+    session.run("python", "-m", "verify.judge_session", *session.posargs)
