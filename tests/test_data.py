@@ -145,8 +145,10 @@ def test_every_prism_utterance_is_used_or_counted(tmp_path_factory, utterances, 
     # An utterance is the chosen one of its turn, or has a row of its own; a turn with a chosen one alone has no row.
     turns = {row["choice_set"] for row in good}
     alone = len(utterances) - len(rows) - len(turns)
-    keys = Counter((u["conversation_id"], u["turn"]) for u in utterances)
-    assert 0 <= alone <= sum(n == 1 for n in keys.values())
+    types = {**train.PRISM_TYPES, "if_chosen": bool}
+    sound = [u for u in utterances if all(type(u[name]) is kind for name, kind in types.items())]
+    sizes = Counter((u["conversation_id"], u["turn"]) for u in sound)
+    assert 0 <= alone <= sum(n == 1 for n in sizes.values())
     assert all(train.unusable(row) is None or isinstance(train.unusable(row), str) for row in good)
 
 
