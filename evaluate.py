@@ -159,20 +159,30 @@ def resample(clusters: Sequence[str], count: int = 10_000) -> Resamples:
 
 
 def resampled_means(values: np.ndarray, rows: np.ndarray, resamples: Resamples) -> np.ndarray:
-    """(resamples,) the mean of the chosen rows in each resample; NaN where none of them was drawn."""
+    """(resamples,) the mean of the chosen rows in each resample; NaN where none of them was drawn.
+
+    All NaN if the rows are of one cluster: one annotator says nothing about how annotators vary.
+    """
     clusters = resamples.weights.shape[1]
+    if len(set(resamples.member[rows])) < 2:
+        return np.full(len(resamples.weights), np.nan)
     sums, sizes = (np.bincount(resamples.member[rows], x, clusters) for x in (values[rows], np.ones(rows.sum())))
     with np.errstate(invalid="ignore"):
         return (resamples.weights @ sums) / (resamples.weights @ sizes)
 
 
-def estimate(mean: float, means: np.ndarray) -> dict[str, float]:
-    """The mean with its 95 % percentile interval."""
+Estimate = dict[str, float | None]
+
+
+def estimate(mean: float, means: np.ndarray) -> Estimate:
+    """The mean with its 95 % percentile interval; null bounds where there is none."""
+    if np.isnan(means).all():
+        return {"mean": float(mean), "low": None, "high": None}
     low, high = np.nanquantile(means, [0.025, 0.975])
     return {"mean": float(mean), "low": float(low), "high": float(high)}
 
 
-def mean_interval(values: np.ndarray, resamples: Resamples) -> dict[str, float]:
+def mean_interval(values: np.ndarray, resamples: Resamples) -> Estimate:
     return estimate(values.mean(), resampled_means(values, np.ones(len(values), bool), resamples))
 
 
@@ -242,8 +252,11 @@ def worst_groups(gains: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def cell(entry: dict[str, float] | None, digits: int = 3) -> str:
-    return f"{entry['mean']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]" if entry else ""
+def cell(entry: Estimate | None) -> str:
+    if not entry:
+        return ""
+    bounds = f"{entry['low']:.3f}, {entry['high']:.3f}" if entry["low"] is not None else "no interval"
+    return f"{entry['mean']:.3f} [{bounds}]"
 
 
 def columns_of(rows: Sequence[tuple[str, ...]]) -> str:
@@ -352,7 +365,8 @@ def draw_subgroups(entries: dict[str, Any], names: Sequence[str], ylabel: str, p
             for y, (point, size, marker, alpha) in enumerate(points):
                 if point:
                     color = colors[name]
-                    axis.plot([point["low"], point["high"]], [y + shift] * 2, color=color, alpha=alpha, linewidth=1)
+                    if point["low"] is not None:
+                        axis.plot([point["low"], point["high"]], [y + shift] * 2, color=color, alpha=alpha, linewidth=1)
                     axis.scatter(
                         point["mean"], y + shift, s=size, marker=marker, color=color, alpha=alpha, linewidths=0
                     )
@@ -1542,7 +1556,7 @@ def command_margins(args: argparse.Namespace, world: World) -> None:
         draw_margins(result, output / "margins")
         print(
             f"preference margins on {len(pairs)} test pairs of {config.dataset}; 95 % bootstrap intervals, resampling "
-            f"{result['clusters']} annotators or conversations whole"
+            f"{result['clusters']} annotators or conversations whole; none where all pairs are of one"
         )
         print(table(summary))
         shown = "per_token" if args.per_token else "sum"

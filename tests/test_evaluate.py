@@ -179,3 +179,16 @@ def test_figures_of_nothing(tmp_path, capsys):
     assert "nothing to draw: pass --runs, or --margins" in capsys.readouterr().err
     assert evaluate.main(["figures", "--runs", str(tmp_path)]) == 2
     assert "has no config.json: pass the --output-dir of a finished run" in capsys.readouterr().err
+
+
+def test_one_annotator_gives_no_interval():
+    values = np.random.default_rng(0).normal(0, 1, 40)
+    assert evaluate.mean_interval(values, evaluate.resample(["a"] * 40))["low"] is None
+    labels: dict[str, list[str | None]] = {"sex": ["f"] * 10 + ["m"] * 30}
+    resamples = evaluate.resample(["a"] * 10 + [f"b{i}" for i in range(30)])
+    entry = evaluate.subgroups({"x": values}, labels, resamples, 1)["sex"]
+    assert entry["groups"]["f"]["x"]["low"] is None
+    assert entry["groups"]["m"]["x"]["low"] is not None
+    assert entry["macro"]["x"]["low"] is None  # it averages a group whose spread is unknown
+    assert entry["micro"]["x"]["low"] is not None
+    assert "[no interval]" in evaluate.group_table("margin", {"sex": entry})
