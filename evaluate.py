@@ -803,7 +803,7 @@ def report(result: dict[str, Any], judgements: dict[str, Any], calls: Counter[st
     if missing > MOST_MISSING * len(rows):
         return f"{missing} of {len(rows)} judgements are missing, more than {100 * MOST_MISSING:.0f} %: {path}"
     rate = win_rate([math.nan if row["preference"] is None else row["preference"] for row in rows])
-    print(f"win rate {rate.win_rate:.2f} % (SE {rate.standard_error or math.nan:.2f}); judgements: {path}")
+    print(f"win rate {rate.win_rate:.2f} % (SE {number(rate.standard_error)}); judgements: {path}")
     return ""
 
 
