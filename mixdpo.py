@@ -356,7 +356,8 @@ class LogNormal(nn.Module):
         scale: standard deviation of log beta, > 0, kept through softplus.
         estimator: "monte_carlo", as in the paper: the log of a mean over `samples` fresh draws per pair (Eq. 8), which
             is biased by about -Var / (2 samples mean^2). Or "quadrature": the trapezoid rule, deterministic, with
-            error below 1e-10 in log E at the default 64 nodes for scale <= 1; take 64 * scale nodes above that.
+            error below 1e-10 in log E at the default 64 nodes for scale <= 1 and exp(loc) * |delta_r| <= 5e3; take
+            64 * scale nodes above scale 1.
         samples: draws per pair (K in the paper), >= 1. nodes: quadrature nodes, >= 2.
         learnable: False makes the parameters buffers (the paper's fixed-parameters baseline).
         device, dtype: of the parameters, float32 by default.

@@ -1,27 +1,29 @@
-"""The project's commands: `pip install nox`, then `nox -s demo`, `tests`, `lint`, `verify`, `judge`.
+"""The project's commands: `pip install nox`, then `nox -s demo`, `tests`, `lint`, `verify`, `interop`, `judge`.
 
-All sessions but `judge` share one environment, so that torch is installed once.
+Each session has its own environment under .nox/, installed once from the pinned groups of pyproject.toml.
 """
+
+import shutil
 
 import nox
 
 nox.options.sessions = ["lint", "tests"]
 nox.options.reuse_existing_virtualenvs = True
-ENVIRONMENT = ".nox/mixdpo"
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 
 
 def install(session: nox.Session, *groups: str) -> None:
-    # The pinned torch goes in first and with the rest, so that nothing can bring a second one.
+    # One call to pip with the pinned torch among the rest: no requirement can bring a second one.
     session.install(*nox.project.dependency_groups(PYPROJECT, *groups))
 
 
-@nox.session(venv_location=ENVIRONMENT)
+@nox.session
 def demo(session: nox.Session) -> None:
     """SFT, then DPO and MixDPO with both distributions, then margins and a figure, on the embedded data."""
     install(session, "dev")
     runs = "runs/demo"
-    session.run("python", "-c", f"import shutil; shutil.rmtree('{runs}', ignore_errors=True)", silent=True)
+    session.log(f"starting afresh in {runs}")
+    shutil.rmtree(runs, ignore_errors=True)
     shared = ["--preset", "tiny", "--sft-dir", f"{runs}/sft", "--reference-cache", f"{runs}/reference.safetensors"]
     names = ("dpo", "lognormal", "gamma")
     for name in names:
@@ -31,14 +33,14 @@ def demo(session: nox.Session) -> None:
     session.run("python", "evaluate.py", "margins", *margins)
 
 
-@nox.session(venv_location=ENVIRONMENT)
+@nox.session
 def tests(session: nox.Session) -> None:
     """Everything under tests/; `nox -s tests -- -k NAME` for a part."""
     install(session, "dev")
     session.run("python", "-m", "pytest", *session.posargs)
 
 
-@nox.session(venv_location=ENVIRONMENT)
+@nox.session
 def lint(session: nox.Session) -> None:
     """ruff (rules and format) and mypy on the three modules."""
     install(session, "dev", "lint")
@@ -47,14 +49,21 @@ def lint(session: nox.Session) -> None:
     session.run("mypy", "mixdpo.py", "train.py", "evaluate.py")
 
 
-@nox.session(venv_location=ENVIRONMENT)
+@nox.session
 def verify(session: nox.Session) -> None:
     """Every numerical claim against its oracle; `nox -s verify -- NAME` for one."""
     install(session, "dev")
     session.run("python", "-m", "verify", *session.posargs)
 
 
-@nox.session(venv_location=".nox/judge")
+@nox.session
+def interop(session: nox.Session) -> None:
+    """The README's snippets, in a plain loop and in TRL's unmodified DPOTrainer, and what is claimed of them."""
+    install(session, "dev", "interop")
+    session.run("python", "-m", "verify.interop", "README.md")
+
+
+@nox.session
 def judge(session: nox.Session) -> None:
     """Win rates end to end with `transformers serve`: it answers for a policy and is the judge."""
     install(session, "dev", "judge")

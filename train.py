@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import gc
 import gzip
 import hashlib
@@ -35,7 +36,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -69,8 +70,9 @@ class UserError(Exception):
 # --- configuration: the single source of flags, help and config.json -------------------------------------------------
 
 
-def flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def flag(default: Any, help: str, bound: str = "> 0") -> Any:
+    """bound: of a number: "> 0", ">= 0" or "" for any finite value."""
+    return field(default=default, metadata={"help": help, "bound": bound})
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,13 @@ class Config:
         "none", "tiny: random-weight model, byte tokenizer, demo data; other flags win"
     )
     model: str = flag("EleutherAI/pythia-2.8b", "hub id or local directory (safetensors); 'tiny' is built in code")
-    dataset: str = flag("hh", "hh, demo, or a .jsonl, .csv or .parquet file with prompt, chosen, rejected")
+    dataset: str = flag("hh", "prism, community-alignment, hh, demo, or a .jsonl, .csv or .parquet file")
     data_dir: str = flag("", "local copy of the data set's hub repository, instead of a download")
+    pairing: Literal["all", "one"] = flag(
+        "all", "prism, community-alignment: chosen against each other candidate, or one"
+    )
+    language: str = flag("en", "community-alignment: assigned language to keep; all for every one")
+    annotator_column: str = flag("annotator", "own file: the column that names the annotator")
     output_dir: str = flag("", "where the run goes; runs/<model>-<dataset>-<dist> when empty")
     sft_dir: str = flag("", "SFT checkpoint to start from, trained there if absent; <output-dir>/sft when empty")
     reference_cache: str = flag(
@@ -89,19 +96,19 @@ class Config:
     )
 
     beta: float = flag(0.1, "dpo: the fixed strength")
-    loc: float = flag(-2.3, "lognormal: initial mean of log beta")
+    loc: float = flag(-2.3, "lognormal: initial mean of log beta", "")
     scale: float = flag(0.6, "lognormal: initial standard deviation of log beta")
     estimator: Literal["monte_carlo", "quadrature"] = flag("monte_carlo", "lognormal: the paper's, or deterministic")
     samples: int = flag(16, "lognormal: Monte Carlo draws per pair")
     concentration: float = flag(2.0, "gamma: initial shape")
     rate: float = flag(16.7, "gamma: initial rate")
-    beta_lr: float = flag(1e-4, "learning rate of the strength parameters; 0 keeps them fixed")
+    beta_lr: float = flag(1e-4, "learning rate of the strength parameters; 0 keeps them fixed", ">= 0")
 
     batch_size: int = flag(64, "pairs per update, over all ranks")
     eval_batch_size: int = flag(32, "pairs scored at once in evaluation and in the reference pass, over all ranks")
     micro_batch_tokens: int = flag(8192, "tokens a rank holds at once, padding included; lower it when memory is short")
     lr: float = flag(5e-7, "learning rate of the policy (RMSprop)")
-    warmup: int = flag(150, "updates of linear warm-up, then constant")
+    warmup: int = flag(150, "updates of linear warm-up, then constant", ">= 0")
     max_grad_norm: float = flag(1.0, "clipping of the policy's gradient; the strength's gradient is not clipped")
     max_length: int = flag(128, "tokens of prompt and response together")
     max_prompt_length: int = flag(64, "tokens kept of a prompt that has to be cut (its end)")
@@ -109,17 +116,19 @@ class Config:
     eval_pairs: int = flag(425, "validation pairs per evaluation")
     max_pairs: int = flag(55_000, "training pairs, sampled after the split")
     epochs: int = flag(1, "passes over the training pairs")
-    seed: int = flag(0, "seeds the split, the sampling, the order, the draws and random weights")
+    seed: int = flag(0, "seeds the split, the sampling, the order, the draws and random weights", ">= 0")
     sft_lr: float = flag(5e-7, "learning rate of SFT (RMSprop, same warm-up)")
-    sft_epochs: int = flag(1, "passes of SFT over the chosen responses")
+    sft_epochs: int = flag(1, "passes of SFT over the chosen responses", ">= 0")
     policy_dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "compute dtype over float32 master weights")
     reference_dtype: Literal["bfloat16", "float32"] = flag("float32", "compute dtype of the reference pass")
-    demo_heterogeneity: float = flag(0.5, "demo: coefficient of variation of the annotators' strength, 0 for none")
+    demo_heterogeneity: float = flag(
+        0.5, "demo: coefficient of variation of the annotators' strength, 0 for none", ">= 0"
+    )
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
-    # Learns the demo data in about a minute on two cores: 0.8 M parameters, 30 SFT updates, 31 of preference training.
+    # 0.9 M parameters; 62 updates of SFT and 31 of preference training, about a minute on two cores.
     "tiny": {
         "model": "tiny",
         "dataset": "demo",
@@ -143,25 +152,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
-    """Adds a flag for each field of Config (or for those named)."""
-    for f in dataclasses.fields(Config):
-        if names is not None and f.name not in names:
-            continue
-        kwargs: dict[str, Any] = {"default": f.default, "help": f"{f.metadata['help']} (default: {f.default!r})"}
-        if get_origin(f.type) is Literal:
-            kwargs["choices"] = get_args(f.type)
-        else:
-            kwargs["type"] = f.type
-            kwargs["metavar"] = str(getattr(f.type, "__name__", f.type)).upper()
-        parser.add_argument("--" + f.name.replace("_", "-"), **kwargs)
-
-
 def parse_config(argv: Sequence[str] | None = None) -> Config:
     parser = Parser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add_flags(parser)
+    for f in dataclasses.fields(Config):
+        kind: dict[str, Any] = {"type": f.type, "metavar": getattr(f.type, "__name__", "").upper()}
+        if get_origin(f.type) is Literal:
+            kind = {"choices": get_args(f.type)}
+        text = f"{f.metadata['help']} (default: {f.default!r})"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     preset = parser.parse_args(argv).preset
     parser.set_defaults(**PRESETS[preset])
     config = Config(**vars(parser.parse_args(argv)))
@@ -178,28 +178,14 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
 
 
 def check_config(config: Config) -> Config:
-    positive: tuple[str, ...] = (
-        "beta",
-        "scale",
-        "concentration",
-        "rate",
-        "lr",
-        "sft_lr",
-        "max_grad_norm",
-        "samples",
-        "batch_size",
-    )
-    positive += ("eval_batch_size", "micro_batch_tokens", "max_prompt_length", "eval_every", "eval_pairs", "max_pairs")
-    for name in (*positive, "epochs"):
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value > 0):
-            raise UserError(f"--{name.replace('_', '-')} must be finite and > 0, got {value}")
-    for name in ("beta_lr", "warmup", "sft_epochs", "demo_heterogeneity", "seed"):
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise UserError(f"--{name.replace('_', '-')} must be finite and >= 0, got {value}")
-    if not math.isfinite(config.loc):
-        raise UserError(f"--loc must be finite, got {config.loc}")
+    for f in dataclasses.fields(Config):
+        value, bound = getattr(config, f.name), f.metadata["bound"]
+        if isinstance(value, (int, float)):
+            inside = {"> 0": value > 0, ">= 0": value >= 0, "": True}[bound]
+            if not (math.isfinite(value) and inside):
+                raise UserError(
+                    f"--{f.name.replace('_', '-')} must be finite{' and ' * bool(bound)}{bound}, got {value}"
+                )
     if config.max_prompt_length >= config.max_length:
         raise UserError(
             f"--max-prompt-length {config.max_prompt_length} leaves no room for a response in --max-length "
@@ -273,11 +259,13 @@ def claim_output_dir(config: Config) -> None:
 
 # --- data: every loader yields prompt, chosen, rejected, annotator, conversation, turn, and attribute columns --------
 
-COLUMNS = ("prompt", "chosen", "rejected", "annotator", "conversation", "turn")
+# choice_set links the rows that come from judgements of the same candidates; null where nothing can be linked.
+COLUMNS = ("prompt", "chosen", "rejected", "annotator", "conversation", "turn", "choice_set")
+# source: the split that the file itself names, or null. opening: the first human turn, which no two splits may share.
+# dropped: null, or the reason why the row is not used.
+INTERNAL = ("source", "opening", "dropped")
 SPLITS = ("train", "validation", "test")
 CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # rows cached by other code are not taken for ours
-HH_ID = "Anthropic/hh-rlhf"
-HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 Row = dict[str, Any]
@@ -303,37 +291,183 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}, after line {number}: cannot be read ({e}): the file may be incomplete") from e
 
 
+def text_row(prompt: list[str], chosen: Any, rejected: Any, **values: Any) -> Row:
+    """prompt: human and assistant texts in turn, ending with a human one, all written in HH's dialogue format.
+
+    The prompt ends at the colon of "Assistant:", so a response starts with its one space.
+    """
+    row: Row = dict.fromkeys((*COLUMNS, *INTERNAL)) | {"opening": prompt[0].strip(), "turn": len(prompt) // 2} | values
+    tags = itertools.cycle((HUMAN, ASSISTANT))
+    row["prompt"] = "".join(f"{tag} {text.strip()}" for tag, text in zip(tags, prompt, strict=False)) + ASSISTANT
+    return row | {"chosen": f" {chosen.strip()}", "rejected": f" {rejected.strip()}"}
+
+
+def dropped_row(reason: str) -> Row:
+    return dict.fromkeys((*COLUMNS, *INTERNAL)) | {"dropped": reason}
+
+
 def split_hh(text: str) -> tuple[str, str]:
     """(dialogue up to and with its last "Assistant:", the rest)."""
     cut = text.rfind(ASSISTANT) + len(ASSISTANT)
     return text[:cut], text[cut:]
 
 
-def hh_row(subset: str, source: dict[str, Any]) -> Row:
-    """One HH comparison; the response keeps one leading space, as the prompt ends at the colon."""
-    row: Row = dict.fromkeys((*COLUMNS, "dropped")) | {"subset": subset}
-    chosen, rejected = source.get("chosen"), source.get("rejected")
+def hh_row(chosen: Any, rejected: Any) -> Row:
+    """One HH comparison; its prompt is kept to the letter."""
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
-        return row | {"dropped": "field is not a string"}
+        return dropped_row("field is not a string")
     if ASSISTANT not in chosen or ASSISTANT not in rejected:
-        return row | {"dropped": "no Assistant turn"}
+        return dropped_row("no Assistant turn")
     prompt, chosen = split_hh(chosen)
     other, rejected = split_hh(rejected)
-    opening = prompt.split(ASSISTANT)[0].removeprefix(HUMAN).strip()
-    row |= {"prompt": prompt, "chosen": " " + chosen.strip(), "rejected": " " + rejected.strip()}
-    row |= {"conversation": opening, "turn": prompt.count(HUMAN) - 1}
     if HUMAN in chosen or HUMAN in rejected:
-        return row | {"dropped": "last turn is Human"}
+        return dropped_row("last turn is Human")
     if prompt != other:
-        return row | {"dropped": "prompts differ"}
-    return row
+        return dropped_row("prompts differ")
+    opening = prompt.split(ASSISTANT)[0].removeprefix(HUMAN)
+    turn = prompt.count(HUMAN) - 1
+    return text_row([opening], chosen, rejected, conversation=opening.strip(), turn=turn) | {"prompt": prompt}
 
 
 def read_hh(files: list[str]) -> Iterator[Row]:
     for file in files:
         path = Path(file)
         for _, source in read_lines(path):
-            yield hh_row(path.parent.name, source) | {"source": path.name.split(".")[0]}
+            row = hh_row(source.get("chosen"), source.get("rejected"))
+            yield row | {"source": path.name.split(".")[0], "subset": path.parent.name}
+
+
+def pick(others: list[Any], pairing: str, key: str) -> list[Any]:
+    """With pairing "one" a single candidate, drawn by a hash of the key and never by its position."""
+    if pairing == "all" or not others:
+        return others
+    return [others[int(uniform(0, key) * len(others))]]
+
+
+PRISM_ATTRIBUTES = ("conversation_type", "age", "gender", "education", "employment_status", "ethnicity", "region")
+PRISM_TYPES = {"conversation_id": str, "turn": int, "user_id": str, "user_prompt": str, "model_response": str}
+
+
+def prism_people(path: Path) -> dict[str, dict[str, str | None]]:
+    people = {}
+    for number, row in read_lines(path):
+        if not isinstance(row.get("user_id"), str):
+            raise UserError(f"{path}, line {number}: no user_id: download the file again")
+        nested = {"ethnicity": ("ethnicity", "simplified"), "region": ("location", "special_region")}
+        person = {name: row.get(name) for name in ("age", "gender", "education", "employment_status")}
+        person |= {name: (row.get(outer) or {}).get(inner) for name, (outer, inner) in nested.items()}
+        people[row["user_id"]] = person
+    return people
+
+
+def read_prism(files: list[str], pairing: str) -> Iterator[Row]:
+    """files: utterances.jsonl and survey.jsonl. Every utterance is a chosen one, or a row, used or dropped.
+
+    Grouped by (conversation_id, turn), as interaction_id does not follow the order of turns. On later turns two equal
+    responses are both marked as chosen: such a turn is no comparison, but it is part of the history.
+    """
+    utterances, survey = map(Path, files)
+    people = prism_people(survey)
+    conversations: dict[str, dict[int, list[Row]]] = {}
+    for number, row in read_lines(utterances):
+        if missing := [name for name in (*PRISM_TYPES, "if_chosen") if name not in row]:
+            raise UserError(f"{utterances}, line {number}: no column {missing[0]}: is this PRISM's utterances.jsonl?")
+        if not all(type(row[name]) is kind for name, kind in (PRISM_TYPES | {"if_chosen": bool}).items()):
+            yield dropped_row("field of another type")
+        elif row["user_id"] not in people:
+            raise UserError(f"{utterances}, line {number}: {row['user_id']} is not in {survey}: download both again")
+        else:
+            conversations.setdefault(row["conversation_id"], {}).setdefault(row["turn"], []).append(row)
+    for conversation, turns in conversations.items():
+        history: list[str] = []
+        known = True  # whether the dialogue up to this turn is known
+        for turn in sorted(turns):
+            candidates = [c | {"model_response": c["model_response"].replace("EMPTY STRING", "")} for c in turns[turn]]
+            chosen = [c for c in candidates if c["if_chosen"]]
+            others = [c for c in candidates if not c["if_chosen"]]
+            prompts = {c["user_prompt"] for c in candidates}
+            reason = None
+            if not known or turn != len(history) // 2:
+                reason = "an earlier turn is missing"
+            elif len(prompts) > 1 or len({c["user_id"] for c in candidates}) > 1:
+                reason = "candidates of one turn disagree on the prompt or the user"
+            elif len(chosen) != 1:
+                reason = "no chosen response" if not chosen else "more than one chosen response"
+            if reason:
+                yield from (dropped_row(reason) for _ in candidates)
+            else:
+                key = f"{conversation}:{turn}"
+                person = people[chosen[0]["user_id"]] | {"conversation_type": chosen[0].get("conversation_type")}
+                drawn = pick(others, pairing, key)
+                for other in drawn:
+                    yield text_row(
+                        [*history, *prompts],
+                        chosen[0]["model_response"],
+                        other["model_response"],
+                        annotator=chosen[0]["user_id"],
+                        conversation=conversation,
+                        choice_set=key,
+                        **person,
+                    )
+                yield from (dropped_row("not drawn (--pairing one)") for _ in range(len(others) - len(drawn)))
+            known = known and len(prompts) == 1 and len({c["model_response"] for c in chosen}) == 1
+            if known:
+                history += [*prompts, chosen[0]["model_response"]]
+
+
+CA_TURNS = ("first", "second", "third", "fourth")
+CA_ATTRIBUTES = tuple(
+    f"annotator_{name}" for name in ("age", "gender", "education_level", "political", "ethnicity", "country")
+)
+
+
+def read_community_alignment(files: list[str], pairing: str, language: str) -> Iterator[Row]:
+    """One CSV, a row a conversation of up to four turns, each with four candidates and the preferred one's name."""
+    path = Path(files[0])
+    needed = ["conversation_id", "annotator_id", "assigned_lang", *CA_ATTRIBUTES]
+    for turn in CA_TURNS:
+        needed += [
+            f"{turn}_turn_prompt",
+            *(f"{turn}_turn_response_{x}" for x in "abcd"),
+            f"{turn}_turn_preferred_response",
+        ]
+    for number, row in enumerate(read_table(path), 1):
+        if missing := [name for name in needed if name not in row]:
+            raise UserError(f"{path} lacks the column {missing[0]}: is this the Community Alignment CSV?")
+        if None in row or None in row.values():
+            raise UserError(f"{path}, row {number}: not as many fields as columns: download the file again")
+        if language not in ("all", row["assigned_lang"]):
+            yield dropped_row(f"language is not {language}")
+            continue
+        history: list[str] = []
+        people = {name: row[name] or None for name in CA_ATTRIBUTES}
+        for turn in CA_TURNS:
+            prompt, preferred = row[f"{turn}_turn_prompt"], row[f"{turn}_turn_preferred_response"]
+            candidates = {f"response_{x}": row[f"{turn}_turn_response_{x}"] for x in "abcd"}
+            if not prompt.strip():
+                if turn == "first":
+                    yield dropped_row("no first prompt")
+                break
+            if preferred not in candidates or not candidates[preferred].strip():
+                yield dropped_row("the preferred response is not given" if preferred else "no preference stated")
+                break
+            chosen = candidates.pop(preferred)
+            # Sorted, so that nothing can depend on the slot, which annotators do favour.
+            others = sorted(text for text in candidates.values() if text.strip())
+            choice_set = digest(history, prompt, sorted([chosen, *others]))
+            for other in pick(others, pairing, choice_set):
+                yield text_row(
+                    [*history, prompt],
+                    chosen,
+                    other,
+                    annotator=row["annotator_id"] or None,
+                    conversation=row["conversation_id"],
+                    choice_set=choice_set,
+                    **people,
+                )
+            if not others:
+                yield dropped_row("no other response")
+            history += [prompt, chosen]
 
 
 def read_table(path: Path) -> Iterator[dict[str, Any]]:
@@ -341,6 +475,7 @@ def read_table(path: Path) -> Iterator[dict[str, Any]]:
         yield from (row for _, row in read_lines(path))
     elif path.suffix == ".csv":
         try:
+            csv.field_size_limit(2**26)  # 64 MiB: far above any answer, far below what would fill the memory
             with open(path, encoding="utf-8", newline="") as f:
                 yield from csv.DictReader(f, strict=True)
         except (OSError, UnicodeDecodeError, csv.Error) as e:
@@ -352,13 +487,12 @@ def read_table(path: Path) -> Iterator[dict[str, Any]]:
             raise UserError(f"{path} cannot be read as Parquet ({e.__cause__ or e}): the file may be incomplete") from e
 
 
-def read_local(files: list[str], attributes: list[str]) -> Iterator[Row]:
-    """A user's own table; any column but those of COLUMNS is an attribute."""
+def read_local(files: list[str], attributes: list[str], annotator_column: str) -> Iterator[Row]:
+    """A user's own table, texts to the letter; any column but those of COLUMNS is an attribute."""
+    names = {"annotator": annotator_column, "conversation": "conversation"} | {name: name for name in attributes}
     for source in read_table(Path(files[0])):
-        row: Row = dict.fromkeys((*COLUMNS, "dropped"))
-        row |= {
-            k: None if source.get(k) is None else str(source[k]) for k in ("annotator", "conversation", *attributes)
-        }
+        row: Row = dict.fromkeys((*COLUMNS, *INTERNAL))
+        row |= {k: None if source.get(name) is None else str(source[name]) for k, name in names.items()}
         texts = {k: source.get(k) for k in ("prompt", "chosen", "rejected")}
         if all(isinstance(text, str) for text in texts.values()):
             yield row | texts
@@ -376,7 +510,7 @@ DEMO_WORDS = {
 }
 
 
-def read_demo(heterogeneity: float, annotators: int = 120, pairs_each: int = 40) -> Iterator[Row]:
+def read_demo(_: list[str], heterogeneity: float, annotators: int = 120, pairs_each: int = 40) -> Iterator[Row]:
     """Choices drawn from the mixed logit model with a known strength distribution; no text of anybody's.
 
     A response holds three adjectives worth +1, 0 or -1; its quality is their sum. Annotator i prefers the first of two
@@ -397,79 +531,112 @@ def read_demo(heterogeneity: float, annotators: int = 120, pairs_each: int = 40)
             difference = int(values[0].sum() - values[1].sum())
             first = rng.random() < 1 / (1 + math.exp(-2 * strengths[i] * difference))
             chosen, rejected = texts if first else texts[::-1]
-            yield {
-                "prompt": f"Human: What is the {topic} like?\nAssistant:",
-                "chosen": chosen,
-                "rejected": rejected,
-                "annotator": f"annotator{i}",
-                "conversation": f"annotator{i}-{j}",
-                "turn": 0,
-                "dropped": None,
-                "conviction": "stronger" if stronger[i] else "weaker",
-                "region": str(regions[i]),
-            }
+            yield text_row(
+                [f"Visit {i * pairs_each + j}. What is the {topic} like?"],
+                chosen,
+                rejected,
+                annotator=f"annotator{i}",
+                conversation=f"annotator{i}-{j}",
+                conviction="stronger" if stronger[i] else "weaker",
+                region=str(regions[i]),
+            )
 
 
-def hh_files(data_dir: str) -> list[str]:
-    if not data_dir:
-        try:
-            patterns = [f"{subset}/*.jsonl.gz" for subset in HH_SUBSETS]
-            data_dir = huggingface_hub.snapshot_download(HH_ID, repo_type="dataset", allow_patterns=patterns)
-        except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
-            raise UserError(
-                f"data set {HH_ID} cannot be reached ({str(e).splitlines()[0]}): pass --data-dir with a local copy of "
-                "the repository, or --dataset demo"
-            ) from e
-    files = [str(p) for subset in HH_SUBSETS for p in sorted(Path(data_dir, subset).glob("*.jsonl.gz"))]
-    if not files:
-        raise UserError(f"--data-dir {data_dir} holds no {{{','.join(HH_SUBSETS)}}}/*.jsonl.gz: pass a copy of {HH_ID}")
-    return files
+def hub_copy(repository: str, data_dir: str, patterns: list[str], dataset: str) -> Path:
+    """The local copy of a data set's repository, downloaded (these files alone) unless --data-dir names one."""
+    if data_dir:
+        return Path(data_dir)
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
+        raise UserError(
+            f"data set {repository} cannot be reached ({str(e).splitlines()[0]}): pass --data-dir with a local copy of "
+            "the repository, or --dataset demo"
+        ) from e
 
 
-def read_preferences(dataset: str, data_dir: str = "", heterogeneity: float = 0.5) -> datasets.Dataset:
-    """All rows of a data set with COLUMNS, its attributes, `source` (the file's own split, or null) and `dropped`.
+def need_files(directory: Path, found: list[Path], names: str, repository: str) -> list[str]:
+    if not found or not all(path.is_file() for path in found):
+        raise UserError(f"--data-dir {directory} holds no {names}: pass a whole copy of {repository}")
+    return [str(path) for path in found]
 
-    `dropped` is null or the reason why a row is not used. The result is cached by `datasets`, keyed by the files.
-    """
-    attributes: list[str] = []
-    files: list[str] = []
+
+HH_ID, HH_SUBSETS = (
+    "Anthropic/hh-rlhf",
+    ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"),
+)
+PRISM_ID, CA_ID = "HannahRoseKirk/prism-alignment", "facebook/community-alignment-dataset"
+DATASETS = "prism, community-alignment, hh, demo, or a .jsonl, .csv or .parquet file"
+
+
+def read_preferences(
+    dataset: str,
+    data_dir: str = "",
+    *,
+    pairing: str = "all",
+    language: str = "en",
+    annotator_column: str = "annotator",
+    heterogeneity: float = 0.5,
+) -> datasets.Dataset:
+    """All rows of a data set: COLUMNS, its attributes, INTERNAL. Cached by `datasets`, keyed by files and options."""
+    attributes: tuple[str, ...]
     reader: Callable[..., Iterator[Row]]
-    arguments: dict[str, Any]
+    options: dict[str, Any] = {}
+    files: list[str] = []
     if dataset == "demo":
-        attributes, reader, arguments = ["conviction", "region"], read_demo, {"heterogeneity": heterogeneity}
+        attributes, reader, options = ("conviction", "region"), read_demo, {"heterogeneity": heterogeneity}
     elif dataset == "hh":
-        files = hh_files(data_dir)
-        attributes, reader, arguments = ["subset"], read_hh, {"files": files}
+        directory = hub_copy(HH_ID, data_dir, [f"{subset}/*.jsonl.gz" for subset in HH_SUBSETS], dataset)
+        found = [path for subset in HH_SUBSETS for path in sorted((directory / subset).glob("*.jsonl.gz"))]
+        files = need_files(directory, found, f"{{{','.join(HH_SUBSETS)}}}/*.jsonl.gz", HH_ID)
+        attributes, reader = ("subset",), read_hh
+    elif dataset == "prism":
+        directory = hub_copy(PRISM_ID, data_dir, ["utterances.jsonl", "survey.jsonl"], dataset)
+        found = [directory / "utterances.jsonl", directory / "survey.jsonl"]
+        files = need_files(directory, found, "utterances.jsonl and survey.jsonl", PRISM_ID)
+        attributes, reader, options = PRISM_ATTRIBUTES, read_prism, {"pairing": pairing}
+    elif dataset == "community-alignment":
+        # v1.1 is one file, v1.0 two, of which the filtered one is its authors' choice for training.
+        names = ["community_alignment.csv", "data/filtered_community_alignment.csv"]
+        directory = hub_copy(CA_ID, data_dir, names, dataset)
+        found = [path for name in names if (path := directory / name).is_file()][:1]
+        files = need_files(directory, found, " or ".join(names), CA_ID)
+        attributes, reader, options = (
+            CA_ATTRIBUTES,
+            read_community_alignment,
+            {"pairing": pairing, "language": language},
+        )
     elif Path(dataset).suffix in (".jsonl", ".csv", ".parquet"):
         path = Path(data_dir, dataset)
         if not path.is_file():
-            raise UserError(f"--dataset {path} does not exist: pass hh, demo, or a .jsonl, .csv or .parquet file")
+            raise UserError(f"--dataset {path} does not exist: pass {DATASETS}")
         columns: dict[str, None] = {}
         for row in read_table(path):
             columns |= dict.fromkeys(k for k in row if k is not None)
-        missing = [c for c in ("prompt", "chosen", "rejected") if c not in columns]
-        if missing:
-            found = ", ".join(columns) or "no rows"
-            raise UserError(f"{path} lacks the column {missing[0]} (found: {found}): rename or add it")
-        attributes, files = [c for c in columns if c not in (*COLUMNS, "source", "dropped")], [str(path)]
-        reader, arguments = read_local, {"files": files, "attributes": attributes}
+        needed = ["prompt", "chosen", "rejected", *([annotator_column] if annotator_column != "annotator" else [])]
+        if missing := [c for c in needed if c not in columns]:
+            found_columns = ", ".join(columns) or "no rows"
+            raise UserError(f"{path} lacks the column {missing[0]} (found: {found_columns}): rename or add it")
+        attributes = tuple(c for c in columns if c not in (*COLUMNS, *INTERNAL, annotator_column))
+        files, reader = [str(path)], read_local
+        options = {"attributes": list(attributes), "annotator_column": annotator_column}
     else:
-        raise UserError(f"--dataset {dataset!r} is unknown: pass hh, demo, or a .jsonl, .csv or .parquet file")
+        raise UserError(f"--dataset {dataset!r} is unknown: pass {DATASETS}")
 
     stamps = [(str(Path(f).resolve()), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-    features = {name: datasets.Value("string") for name in (*COLUMNS, *attributes, "source", "dropped")}
+    features = {name: datasets.Value("string") for name in (*COLUMNS, *attributes, *INTERNAL)}
     features["turn"] = datasets.Value("int32")
     defaults = dict.fromkeys(features)
 
     def rows() -> Iterator[Row]:
-        for row in reader(**arguments):
+        for row in reader(files, **options):
             if row["dropped"] is None:
                 row["dropped"] = unusable(row)
             yield defaults | row
 
     try:
         return datasets.Dataset.from_generator(
-            rows, features=datasets.Features(features), fingerprint=digest("rows", CODE, dataset, stamps, heterogeneity)
+            rows, features=datasets.Features(features), fingerprint=digest("rows", CODE, dataset, stamps, options)
         )
     except DatasetGenerationError as e:
         raise (e.__cause__ if isinstance(e.__cause__, UserError) else e) from None
@@ -493,57 +660,62 @@ def uniform(seed: int, group: str) -> float:
 
 
 def split_preferences(rows: datasets.Dataset, seed: int = 0) -> tuple[dict[str, datasets.Dataset], dict[str, Any]]:
-    """Splits by annotator where every row has one, else by conversation, else by prompt; and counts every row.
+    """Splits by annotator where every row has one, else by opening, conversation or prompt; and counts every row.
 
-    Where the files bring a test split it stays the test split, 5 % of the other groups become validation, and training
-    rows of a group that is also in test are dropped. Otherwise 80 / 10 / 10 % of the groups.
+    80 / 10 / 10 % of the units in the order of a hash of (seed, unit); where the files bring a test split it stays, and
+    5 % of the other units become validation. No opening (or prompt, where there is none) is in two splits: test and
+    validation lose the rows whose opening is in train, or train those in test where the test split is the files' own.
     """
     dropped, source = rows["dropped"][:], rows["source"][:]
-    used = np.array([d is None for d in dropped], dtype=bool)
-    columns = {name: rows[name][:] for name in ("annotator", "conversation", "prompt")}
-    unit = next(name for name, values in columns.items() if all(v is not None for v in np.array(values, object)[used]))
-    groups = columns[unit]
-    counts = Counter(d for d in dropped if d is not None)
+    used = [i for i, reason in enumerate(dropped) if reason is None]
+    for unit in ("annotator", "opening", "conversation", "prompt"):
+        units = rows[unit][:]
+        if all(units[i] is not None for i in used):
+            break
+    texts = [opening or prompt for opening, prompt in zip(rows["opening"][:], rows["prompt"][:], strict=True)]
     has_test = {"train", "test"} <= set(source)
-    test_groups = {g for g, s, u in zip(groups, source, used, strict=True) if u and s == "test"} if has_test else set()
+    free = sorted({units[i] for i in used if not (has_test and source[i] == "test")}, key=lambda u: uniform(seed, u))
+    cuts = [round(share * len(free)) for share in ((0.95, 1.0) if has_test else (0.8, 0.9))]
+    split_of = {u: SPLITS[(rank >= cuts[0]) + (rank >= cuts[1])] for rank, u in enumerate(free)}
+    assigned = {i: "test" if has_test and source[i] == "test" else split_of[units[i]] for i in used}
+    first = ("test", "train", "validation") if has_test else ("train", "test", "validation")
+    of = {name: {texts[i] for i in used if assigned[i] == name} for name in SPLITS}
+    counts = Counter(reason for reason in dropped if reason is not None)
     members: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for i in np.flatnonzero(used).tolist():
-        draw = uniform(seed, groups[i])
-        if not has_test:
-            members["train" if draw < 0.8 else "validation" if draw < 0.9 else "test"].append(i)
-        elif source[i] == "test":
-            members["test"].append(i)
-        elif groups[i] in test_groups:
-            counts[f"{unit} also in test"] += 1
+    for i, name in assigned.items():
+        if clash := [other for other in first[: first.index(name)] if texts[i] in of[other]]:
+            counts[f"{name} row whose opening is also in {clash[0]}"] += 1
         else:
-            members["train" if draw < 0.95 else "validation"].append(i)
-    hidden = ["source", "dropped"]
-    splits = {name: rows.select(index).remove_columns(hidden) for name, index in members.items()}
-    carved = "train and validation carved from the training files" if has_test else "carved 80/10/10"
+            members[name].append(i)
     summary = {
         "rows_read": len(rows),
         "rows_dropped": dict(counts),
-        "split_by": unit,
-        "split": f"{carved} by {unit}, seed {seed}",
+        "split": f"{'test files kept, 95/5' if has_test else 'carved 80/10/10'} by {unit}, seed {seed}",
         "rows": {name: len(index) for name, index in members.items()},
     }
-    return splits, summary
+    return {name: rows.select(index).remove_columns(list(INTERNAL)) for name, index in members.items()}, summary
 
 
 def load_preferences(
-    dataset: str, split: str, data_dir: str | None = None, *, seed: int = 0, heterogeneity: float = 0.5
+    dataset: str, split: str, data_dir: str | None = None, *, seed: int = 0, **options: Any
 ) -> datasets.Dataset:
     """One split (train, validation or test) of a preference data set: COLUMNS and the attribute columns.
 
-    dataset: "hh", "demo", or a .jsonl, .csv or .parquet file. data_dir: a local copy of the hub's repository.
+    dataset: prism, community-alignment, hh, demo, or a .jsonl, .csv or .parquet file. data_dir: a local copy of the
+    hub's repository. options: those of read_preferences (pairing, language, annotator_column, heterogeneity).
     Raises UserError for an unknown data set or split, a missing column, an unreadable file, or an empty split.
     """
     if split not in SPLITS:
         raise UserError(f"split {split!r} is unknown: one of {', '.join(SPLITS)}")
-    splits, _ = split_preferences(read_preferences(dataset, data_dir or "", heterogeneity), seed)
+    splits, _ = split_preferences(read_preferences(dataset, data_dir or "", **options), seed)
     if not len(splits[split]):
         raise UserError(f"the {split} split of {dataset} is empty: pass a larger file")
     return splits[split]
+
+
+def data_options(config: Config) -> dict[str, Any]:
+    names = ("pairing", "language", "annotator_column")
+    return {name: getattr(config, name) for name in names} | {"heterogeneity": config.demo_heterogeneity}
 
 
 def sample(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
@@ -778,13 +950,65 @@ def response_logps(model: nn.Module, rows: Rows) -> list[Tensor]:
     return sums
 
 
+def plain_logps(model: nn.Module, prompts: Sequence[Sequence[int]], responses: Any, device: Any) -> Tensor:
+    """The same for one response a row, the way every causal model understands: padded right, an ordinary mask."""
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    real, scored = torch.zeros_like(ids), torch.zeros_like(ids)
+    for b, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        ids[b, : len(row)] = torch.tensor(row)
+        real[b, : len(row)] = 1
+        scored[b, len(prompt) : len(row)] = 1
+    ids, real, scored = ids.to(device), real.to(device), scored.to(device)
+    logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logps = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return (logps * scored[:, 1:]).sum(-1)
+
+
+def score(model: nn.Module, prompts: Sequence[Any], responses: Sequence[Sequence[Any]], device: Any) -> list[Tensor]:
+    """Log-probs (B,) of each of the responses that share B prompts, by the way that check_sharing found right."""
+    if getattr(model, "plain_rows", False):
+        return [plain_logps(model, prompts, response, device) for response in responses]
+    return response_logps(model, build_rows(prompts, responses, device))
+
+
 def score_pairs(
     model: nn.Module, pairs: Pairs, index: Sequence[int], device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
     """(chosen, rejected) log-probs of some of the pairs, each (len(index),)."""
     some = pairs.select(index)
-    chosen, rejected = response_logps(model, build_rows(some.prompts, [some.chosen, some.rejected], device))
+    chosen, rejected = score(model, some.prompts, [some.chosen, some.rejected], device)
     return chosen, rejected
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    print(message, flush=True)
+
+
+@torch.no_grad()
+def check_sharing(model: nn.Module, pairs: Pairs, world: "World") -> None:
+    """Compares shared rows with plain ones on the longest pairs, and falls back to plain rows if they differ.
+
+    Some architectures cannot share a prompt: those whose positions are not position_ids (ALiBi), or whose attention is
+    cut to a window by the mask that a shared row replaces.
+    """
+    model.plain_rows = False  # type: ignore[assignment]
+    length = [len(p) + len(c) + len(r) for p, c, r in zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True)]
+    some = pairs.select(sorted(range(len(pairs)), key=lambda i: -length[i])[:4])
+    plain = torch.stack([plain_logps(model, some.prompts, r, world.device) for r in (some.chosen, some.rejected)])
+    tokens = torch.tensor([[len(r) for r in side] for side in (some.chosen, some.rejected)], device=world.device)
+    try:
+        shared = torch.stack(score_pairs(model, some, range(len(some)), world.device))
+        apart = ((shared - plain).abs() / tokens).max().item()
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        apart = math.inf
+    # float32 rounding leaves 1e-5 nat per token; a wrong mask or position leaves tenths.
+    if not apart < 1e-3:
+        model.plain_rows = True  # type: ignore[assignment]
+        if world.rank == 0:
+            say_once(f"{type(model).__name__} cannot share a prompt between two responses: plain rows are used, slower")
 
 
 def deal(lengths: Sequence[Sequence[int]], ranks: int, budget: int) -> list[list[list[int]]]:
@@ -864,8 +1088,11 @@ def start_processes() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def load_model(model: str, compute: str, world: World, seed: int = 0) -> nn.Module:
-    """float32 master weights, sharded over the ranks by FSDP2, computing in `compute`; dropout off."""
+def load_model(model: str, compute: str, world: World, pairs: Pairs, seed: int = 0) -> nn.Module:
+    """float32 master weights, sharded over the ranks by FSDP2, computing in `compute`; dropout off.
+
+    `pairs`: on the longest of them it is checked, before sharding, that the model can share prompts.
+    """
     torch.manual_seed(seed)
     if model == "tiny":
         network = AutoModelForCausalLM.from_config(model_config(model), dtype=torch.float32, attn_implementation="sdpa")
@@ -877,6 +1104,7 @@ def load_model(model: str, compute: str, world: World, seed: int = 0) -> nn.Modu
         except (OSError, ValueError, RuntimeError, SafetensorError) as e:
             raise UserError(f"model {model} cannot be loaded ({str(e).splitlines()[0]})") from e
     network.eval().to(world.device)
+    check_sharing(network, pairs, world)
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy()
     if compute == "bfloat16":
@@ -972,9 +1200,9 @@ def has_sft(config: Config, examples: list[Example], tokenizer: Any) -> bool:
     return True
 
 
-def sft(config: Config, model: str, tokenizer: Any, examples: list[Example], world: World) -> None:
+def sft(config: Config, model: str, tokenizer: Any, examples: list[Example], pairs: Pairs, world: World) -> None:
     """Trains on the chosen responses, from `model` into --sft-dir."""
-    network = load_model(model, config.policy_dtype, world, config.seed)
+    network = load_model(model, config.policy_dtype, world, pairs, config.seed)
     optimizer, schedule = optimizer_for([{"params": list(network.parameters()), "lr": config.sft_lr}], config.warmup)
     losses: list[float] = []
     with world.bar(config.sft_epochs * len(examples), "SFT", "example") as bar:
@@ -1002,8 +1230,8 @@ def sft_gradients(examples: list[Example], network: nn.Module, budget: int, worl
 
     def loss_of(members: list[list[int]]) -> Tensor:
         mine = members[world.rank]
-        rows = build_rows([examples[i][0] for i in mine], [[examples[i][1] for i in mine]], world.device)
-        loss = -(response_logps(network, rows)[0] * present(mine, world.device)).sum() / tokens
+        (logps,) = score(network, [examples[i][0] for i in mine], [[examples[i][1] for i in mine]], world.device)
+        loss = -(logps * present(mine, world.device)).sum() / tokens
         total.add_(loss.detach())
         return loss * world.size
 
@@ -1064,7 +1292,7 @@ def reference_pass(config: Config, splits: dict[str, Pairs], world: World) -> di
             )
         world.print(f"reference: log-probs taken from {path}")
         return scores
-    network = load_model(str(model), config.reference_dtype, world)
+    network = load_model(str(model), config.reference_dtype, world, splits["train"])
     # Without gradients a micro-batch holds no activations: four times the tokens fit.
     budget = 4 * config.micro_batch_tokens
     batch = max(config.eval_batch_size, config.batch_size)
@@ -1123,7 +1351,7 @@ def beta_metrics(strength: Strength) -> dict[str, float]:
 
 
 def strength_values(strength: Strength) -> dict[str, float]:
-    names = {PointMass: ("beta",), LogNormal: ("loc", "scale"), Gamma: ("concentration", "rate")}[type(strength)]
+    names = [name for name in ("beta", "loc", "scale", "concentration", "rate") if hasattr(strength, name)]
     return {name: getattr(strength, name).item() for name in names}
 
 
@@ -1220,7 +1448,7 @@ def train(
     strength = make_strength(config, world.device)
     groups: list[dict[str, Any]] = [{"params": list(network.parameters()), "lr": config.lr}]
     if list(strength.parameters()):
-        # RMSprop is scale-free: at the policy's lr of 5e-7 a strength parameter would move 4e-4 in a whole run.
+        # RMSprop is scale-free: at the policy's lr of 5e-7 a strength parameter would move 5e-4 in a whole run.
         groups.append({"params": list(strength.parameters()), "lr": config.beta_lr})
     optimizer, schedule = optimizer_for(groups, config.warmup)
     reference_logps = torch.from_numpy(reference["train"]).to(world.device)
@@ -1274,7 +1502,7 @@ def prepare(config: Config, tokenizer: Any, world: World) -> tuple[dict[str, Pai
     """Token pairs of the training and validation splits, and data.json."""
     with world.rank_zero_first():
         rows, summary = split_preferences(
-            read_preferences(config.dataset, config.data_dir, config.demo_heterogeneity), config.seed
+            read_preferences(config.dataset, config.data_dir, **data_options(config)), config.seed
         )
         splits: dict[str, Pairs] = {}
         report: dict[str, Any] = {"dataset": config.dataset} | summary | {"tokenised": {}}
@@ -1331,15 +1559,15 @@ def run(config: Config, world: World) -> None:
     if ready:
         world.print(f"SFT: taken from {config.sft_dir}")
     else:
-        sft(config, model, tokenizer, examples, world)
+        sft(config, model, tokenizer, examples, splits["train"], world)
     reference = reference_pass(config, splits, world)
     gc.collect()
-    network = load_model(config.sft_dir, config.policy_dtype, world)
+    network = load_model(config.sft_dir, config.policy_dtype, world, splits["train"])
     strength = train(config, splits, reference, network, world)
     output = Path(config.output_dir)
     export(network, tokenizer, output / "policy", world)
     if world.rank == 0:
-        summary = {"dist": config.dist, "learned": bool(list(strength.parameters()))} | strength_values(strength)
+        summary = {"family": config.dist, "learned": bool(list(strength.parameters()))} | strength_values(strength)
         write_json(output / "strength.json", summary | {k[5:]: v for k, v in beta_metrics(strength).items()})
     world.print(f"{strength}: policy and strength are in {output}")
 
@@ -1361,6 +1589,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: error: {e}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as e:
+        # Of whatever rank: the others only see that it is gone.
+        print(f"train.py: out of memory: lower --micro-batch-tokens ({str(e).splitlines()[0]})", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "train.py: interrupted; the SFT checkpoint and the reference log-probs are kept if whole", file=sys.stderr
+        )
+        return 130
     return 0
 
 

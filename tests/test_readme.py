@@ -26,13 +26,16 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 
 
 def test_the_snippet_runs_with_mixdpo_alone(tmp_path):
-    (snippet,) = blocks("python")
+    snippet, *for_trainers = blocks("python")  # the others are run by nox -s interop
     (tmp_path / "mixdpo.py").write_text((ROOT / "mixdpo.py").read_text(encoding="utf-8"))
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "0.1198" in done.stdout
+    assert len(for_trainers) == 2
+    for code in for_trainers:
+        ast.parse(code)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -13,7 +13,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    Qwen2Config,
+)
 
 import train
 from tests.conftest import SMALL, metrics, run_command
@@ -153,6 +164,41 @@ def test_shared_rows_equal_plain_forwards(kind):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+ARCHITECTURES = {  # and whether a prompt can be shared between responses
+    "llama": (LlamaConfig, {}, True),
+    "gpt_neox": (GPTNeoXConfig, {}, True),
+    "gemma": (GemmaConfig, {"head_dim": 8}, True),
+    "phi": (PhiConfig, {}, True),
+    "qwen2": (Qwen2Config, {}, True),
+    "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}, True),
+    "mistral, window longer than the rows": (MistralConfig, {"sliding_window": 64}, True),
+    "mistral, window shorter": (MistralConfig, {"sliding_window": 8}, False),
+    "bloom (ALiBi)": (BloomConfig, {"n_layer": 2, "n_head": 4}, False),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_are_shared_or_refused_but_always_right(name, capsys):
+    family, changes, shared = ARCHITECTURES[name]
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    shape |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    train.say_once.cache_clear()
+    model = AutoModelForCausalLM.from_config(family(**shape | changes), attn_implementation=None).eval()
+    pairs, world = random_pairs(), train.World(0, 1, torch.device("cpu"))
+    train.check_sharing(model, pairs, world)
+    assert model.plain_rows != shared
+    assert ("cannot share a prompt" in capsys.readouterr().out) != shared
+    with torch.no_grad():
+        chosen, rejected = train.score_pairs(model, pairs, range(len(pairs)), "cpu")
+        for i, (prompt, sides) in enumerate(
+            zip(pairs.prompts, zip(pairs.chosen, pairs.rejected, strict=True), strict=True)
+        ):
+            for got, response in zip((chosen[i], rejected[i]), sides, strict=True):
+                torch.testing.assert_close(got, plain_logps(model, prompt, response), rtol=1e-4, atol=1e-3)
+
+
 def test_logps_of_a_model_known_by_hand():
     """A bigram table: the log-prob of a token is a function of the token before it, so the shift can be read off."""
     table = torch.randn(10, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -249,7 +295,7 @@ def test_hh_is_split_by_conversation_and_no_conversation_is_in_two_splits(tmp_pa
     assert all(seen)
     assert sum(map(len, seen)) == len(set.union(*seen))
     assert summary["rows"]["train"] + summary["rows"]["validation"] + summary["rows"]["test"] == 400
-    assert "carved 80/10/10 by conversation" in summary["split"]
+    assert "carved 80/10/10 by opening" in summary["split"]
 
 
 def test_a_test_file_stays_the_test_split_and_its_conversations_leave_train(tmp_path):
@@ -257,7 +303,8 @@ def test_a_test_file_stays_the_test_split_and_its_conversations_leave_train(tmp_
     write_hh(tmp_path, [dialogue(i, 2) for i in range(90, 110)], "test")
     splits, summary = train.split_preferences(train.read_preferences("hh", str(tmp_path)))
     assert len(splits["test"]) == 20
-    assert summary["rows_dropped"] == {"conversation also in test": 10}
+    lost = {f"{name} row whose opening is also in test": n for name, n in (("train", 9), ("validation", 1))}
+    assert summary["rows_dropped"] == lost
     assert not set(splits["train"]["conversation"]) & set(splits["test"]["conversation"])
 
 
@@ -274,9 +321,12 @@ def test_local_files_agree_and_keep_attributes(tmp_path):
     train.datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
     loaded = [train.load_preferences(str(tmp_path / f"p.{s}"), "train").to_list() for s in ("jsonl", "csv", "parquet")]
     assert loaded[0] == loaded[1] == loaded[2]
-    assert loaded[0][0] | {"prompt": ""} == rows[0] | {"prompt": "", "conversation": None, "turn": None} | {
-        "annotator": loaded[0][0]["annotator"]
-    }
+    assert loaded[0][0] | {"prompt": ""} == rows[0] | {
+        "prompt": "",
+        "conversation": None,
+        "turn": None,
+        "choice_set": None,
+    } | {"annotator": loaded[0][0]["annotator"]}
 
 
 def test_a_changed_file_is_read_again(tmp_path):
@@ -295,7 +345,7 @@ def test_demo_is_drawn_from_the_mixed_logit_model():
 
     def right(heterogeneity: float, conviction: str | None = None) -> float:
         """Share of choices that agree with quality among pairs that differ by one."""
-        rows = list(train.read_demo(heterogeneity))
+        rows = list(train.read_demo([], heterogeneity))
         steps = [quality(r["chosen"]) - quality(r["rejected"]) for r in rows if conviction in (None, r["conviction"])]
         return steps.count(1) / (steps.count(1) + steps.count(-1))
 
@@ -311,8 +361,8 @@ def test_the_real_hh_test_files():
     rows = train.read_preferences("hh", str(Path(data, "hh-rlhf")))
     reasons = train.Counter(rows["dropped"][:])
     assert len(rows) == 8552
-    assert reasons["prompts differ"] + reasons["last turn is Human"] == 17 + 2 - 2
-    assert reasons["identical responses"] >= 36
+    del reasons[None]
+    assert reasons == {"identical responses": 36, "empty response": 11, "prompts differ": 17, "last turn is Human": 2}
 
 
 # --- whole runs
