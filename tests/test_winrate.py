@@ -193,6 +193,8 @@ def test_sign_flip_equals_scipy():
     assert (got.exact, got.flips) == (False, 99_999)
     assert got.p_value == sign_flip_test(a, b).p_value
     assert got.p_value == sign_flip_test(b, a).p_value
+    # No swap of 60 but none and all reaches the difference of one that always wins: the observed one counts itself.
+    assert sign_flip_test(np.full(60, 2.0), np.full(60, 1.0), flips=999).p_value == 1 / 1000
 
 
 @pytest.mark.parametrize("n", [1, 5, 16])
