@@ -210,7 +210,7 @@ def test_sign_flip_is_exact_for_few_prompts(n):
 
 
 def test_sign_flip_of_lc_swaps_preference_and_length_and_refits():
-    a, b, la, lb, base = sample(10, seed=4)
+    a, b, la, lb, base = sample(10, seed=3)
     statistic = []
     for flip in itertools.product([False, True], repeat=10):
         (aa, bb), (laa, lbb) = ((np.where(flip, y, x), np.where(flip, x, y)) for x, y in ((a, b), (la, lb)))
