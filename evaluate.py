@@ -915,6 +915,8 @@ def command_judge(args: argparse.Namespace, world: World) -> None:
     template = load_template(args.template)
     baseline = read_outputs(args.baseline)
     policies = {path: read_outputs(path) for path in args.policy}
+    if len({Path(path).stem for path in policies}) < len(args.policy):
+        raise UserError(f"--policy {' '.join(args.policy)}: two files have one name: rename one")
     for path, answers in policies.items():
         if answers.keys() != baseline.keys():
             shared = len(answers.keys() & baseline.keys())
@@ -947,18 +949,16 @@ def command_judge(args: argparse.Namespace, world: World) -> None:
             for name in answers
         ]
         saved = Path(path).with_suffix(".json")
-        generator, other = (next(iter(some.values())).get("generator", "?") for some in (answers, baseline))
+        generator, other = (Path(name).stem for name in (path, args.baseline))
+        answered_by = sorted({f"{j['model']} {j['fingerprint'] or ''}".strip() for j in judgements.values()})
         tokens = {k: sum(j[k] for j in judgements.values()) for k in ("prompt_tokens", "completion_tokens")}
         result = {
             "policy": generator,
             "baseline": other,
             "run": read_json(saved).get("run", {}) if saved.is_file() else {},
-            "judge": setting
-            | {"answered_by": sorted({f"{j['model']} {j['fingerprint'] or ''}" for j in judgements.values()})},
+            "judge": setting | {"answered_by": answered_by},
             "tokens": tokens,
-            "usd": sum(n * price / 1e6 for n, price in zip(tokens.values(), args.prices, strict=True))
-            if args.prices
-            else None,
+            "usd": np.dot([*tokens.values()], args.prices) / 1e6 if args.prices else None,
             "lost": lost,
             "rows": rows,
         }
@@ -1012,7 +1012,7 @@ def report(result: dict[str, Any], judgements: dict[str, Any], calls: Counter[st
     if missing > MOST_MISSING * len(rows):
         return f"{missing} of {len(rows)} judgements are missing, more than {100 * MOST_MISSING:.0f} %: {path}"
     rate = win_rate([math.nan if row["preference"] is None else row["preference"] for row in rows])
-    print(f"win rate {rate.win_rate:.2f} % (SE {rate.standard_error or math.nan:.2f}); judgements: {path}")
+    print(f"win rate {rate.win_rate:.2f} % (SE {number(rate.standard_error)}); judgements: {path}")
     return ""
 
 

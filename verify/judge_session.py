@@ -96,21 +96,24 @@ def main() -> int:
         run("train.py", *small, "--dist", name, "--output-dir", str(runs / name))
     policies = [str(runs / name) for name in ("dpo/policy", "gamma/policy", "sft")]
     ask = ["--prompts", args.prompts, "--max-new-tokens", "64"]
+    # Sampled, as the demo's prompts repeat; the answers through the server are greedy, to be compared.
+    sampled = ["--temperature", "0.7", "--output-dir", str(runs / "answers")]
     answers = runs / "answers"
-    run("evaluate.py", "generate", "--policy", *policies, *ask, "--output-dir", str(answers))
+    run("evaluate.py", "generate", "--policy", *policies, *ask, *sampled)
+    run("evaluate.py", "generate", "--policy", policies[1], *ask, "--output-dir", str(runs / "greedy"))
     make_judge(runs / "judge-model")
     with serve(runs / "server.log") as url:
         served = ["--url", url, "--concurrency", "2", "--output-dir", str(runs / "served")]
         run("evaluate.py", "generate", "--policy", policies[1], *ask, *served)
         texts = [
             [json.loads(line)["output"] for line in (runs / where / "gamma.jsonl").read_text().splitlines()]
-            for where in ("answers", "served")
+            for where in ("greedy", "served")
         ]
         equal = sum(here == there for here, there in zip(*texts, strict=True))
         print(f"gamma: {equal} of {len(texts[0])} answers are the same in this process and through the server")
         judge = ["--policy", str(answers / "dpo.jsonl"), str(answers / "gamma.jsonl")]
         judge += ["--baseline", str(answers / f"{runs.name}-sft.jsonl"), "--output-dir", str(runs / "judgements")]
-        judge += ["--judge-url", url, "--judge-model", str(runs / "judge-model"), "--concurrency", "4", "--both-orders"]
+        judge += ["--judge-url", url, "--judge-model", str(runs / "judge-model"), "--concurrency", "4"]
         run("evaluate.py", "judge", *judge)
         run("evaluate.py", "judge", *judge)  # all from the cache
     run("evaluate.py", "winrate", "--judgements", *map(str, sorted((runs / "judgements").glob("*-vs-*.json"))))
