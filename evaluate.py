@@ -1521,8 +1521,9 @@ def command_margins(args: argparse.Namespace, world: World) -> None:
         logps = score_all(model, pairs, 64 * world.size, args.micro_batch_tokens, world, f"margins, {name}")
         values[name] = margins(logps, pairs)
         del model
-    names_of_rows = zip(rows["annotator"], rows["conversation"], map(str, pairs.rows), strict=True)
-    resamples = resample([annotator or conversation or row for annotator, conversation, row in names_of_rows])
+    # Votes of unknown people on the same candidates are no more independent than one person's.
+    columns = (rows["annotator"], rows["choice_set"], rows["conversation"], map(str, pairs.rows))
+    resamples = resample([next(filter(None, names)) for names in zip(*columns, strict=True)])
     summary = summarise(values, resamples)
     kinds = ("sum", "per_token")
     margin_groups = {
@@ -1556,7 +1557,7 @@ def command_margins(args: argparse.Namespace, world: World) -> None:
         draw_margins(result, output / "margins")
         print(
             f"preference margins on {len(pairs)} test pairs of {config.dataset}; 95 % bootstrap intervals, resampling "
-            f"{result['clusters']} annotators or conversations whole; none where all pairs are of one"
+            f"{result['clusters']} annotators (or choice sets, or conversations) whole; none where all pairs are of one"
         )
         print(table(summary))
         shown = "per_token" if args.per_token else "sum"
