@@ -373,7 +373,7 @@ def draw_subgroups(entries: dict[str, Any], names: Sequence[str], ylabel: str, p
         axis.axvline(0, color="0.7", linewidth=0.8, zorder=0)
         axis.axhline(len(groups) - 0.5, color="0.85", linewidth=0.8, zorder=0)
         axis.set_yticks(range(len(ticks)), ticks)
-        axis.invert_yaxis()
+        axis.set_ylim(len(ticks) - 0.4, -0.6)  # the largest group on top, whole
         axis.set_title(attribute.replace("_", " "), loc="left", fontsize=9)
     axes[-1, 0].set_xlabel(ylabel)
     handles = [plt.Line2D([], [], color=colors[name], marker="o", linestyle="", label=name) for name in names]
