@@ -56,6 +56,16 @@ def test_greedy_answers_equal_a_plain_forward(one_process, greedy):
     assert (settings["temperature"], settings["max_new_tokens"], settings["seed"]) == (0.0, 24, 0)
 
 
+def test_prompts_of_unequal_length_do_not_disturb_each_other(one_process):
+    tokenizer = train.byte_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(one_process / "policy").eval()
+    texts = ["Human: What is the river like?\nAssistant:", "What?", "Human: Which of them, the bakery or the museum?"]
+    tokens = [tokenizer(text)["input_ids"] for text in texts]
+    settings = {"seed": 0, "temperature": 0.0, "max_new_tokens": 24}
+    alone = [evaluate.answer(model, tokenizer, [t], settings, 0)[0] for t in tokens]
+    assert evaluate.answer(model, tokenizer, tokens, settings, 0) == alone
+
+
 def test_resumed_and_over_two_ranks_it_is_the_same(one_process, greedy, tmp_path, capsys):
     whole = (greedy / "gamma.jsonl").read_text()
     lines = whole.splitlines(keepends=True)
