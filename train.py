@@ -273,10 +273,9 @@ Row = dict[str, Any]
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) for each line of a .jsonl or .jsonl.gz file."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")  # noqa: SIM115
     number = 0
     try:
-        with opened as f:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     value = json.loads(line)
