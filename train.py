@@ -52,9 +52,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
@@ -106,7 +107,11 @@ class Config:
 
     batch_size: int = flag(64, "pairs per update, over all ranks")
     eval_batch_size: int = flag(32, "pairs scored at once in evaluation and in the reference pass, over all ranks")
-    micro_batch_tokens: int = flag(8192, "tokens a rank holds at once, padding included; lower it when memory is short")
+    micro_batch_tokens: int = flag(
+        0, "tokens a rank holds at once, padding included; 0: as memory allows; lower it when memory is short", ">= 0"
+    )
+    activation_checkpointing: bool = flag(False, "compute activations again in the backward pass: less memory, slower")
+    compile: bool = flag(False, "torch.compile each block: minutes at the start, for long runs on a GPU")
     lr: float = flag(5e-7, "learning rate of the policy (RMSprop)")
     warmup: int = flag(150, "updates of linear warm-up, then constant", ">= 0")
     max_grad_norm: float = flag(1.0, "clipping of the policy's gradient; the strength's gradient is not clipped")
@@ -120,7 +125,9 @@ class Config:
     sft_lr: float = flag(5e-7, "learning rate of SFT (RMSprop, same warm-up)")
     sft_epochs: int = flag(1, "passes of SFT over the chosen responses", ">= 0")
     policy_dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "compute dtype over float32 master weights")
-    reference_dtype: Literal["bfloat16", "float32"] = flag("float32", "compute dtype of the reference pass")
+    reference_dtype: Literal["bfloat16", "tfloat32", "float32"] = flag(
+        "float32", "compute dtype of the reference pass; tfloat32: float32 with the GPU's shorter products"
+    )
     demo_heterogeneity: float = flag(
         0.5, "demo: coefficient of variation of the annotators' strength, 0 for none", ">= 0"
     )
@@ -160,6 +167,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         kind: dict[str, Any] = {"type": f.type, "metavar": getattr(f.type, "__name__", "").upper()}
         if get_origin(f.type) is Literal:
             kind = {"choices": get_args(f.type)}
+        elif f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
         text = f"{f.metadata['help']} (default: {f.default!r})"
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     preset = parser.parse_args(argv).preset
@@ -180,7 +189,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
 def check_config(config: Config) -> Config:
     for f in dataclasses.fields(Config):
         value, bound = getattr(config, f.name), f.metadata["bound"]
-        if isinstance(value, (int, float)):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
             inside = {"> 0": value > 0, ">= 0": value >= 0, "": True}[bound]
             if not (math.isfinite(value) and inside):
                 raise UserError(
@@ -191,10 +200,10 @@ def check_config(config: Config) -> Config:
             f"--max-prompt-length {config.max_prompt_length} leaves no room for a response in --max-length "
             f"{config.max_length}: lower the first or raise the second"
         )
-    if config.micro_batch_tokens < 2 * config.max_length:
+    if 0 < config.micro_batch_tokens < 2 * config.max_length:
         raise UserError(
             f"--micro-batch-tokens {config.micro_batch_tokens} cannot hold one pair of --max-length "
-            f"{config.max_length}: at least {2 * config.max_length}"
+            f"{config.max_length}: at least {2 * config.max_length}, or 0 to choose it from memory"
         )
     return config
 
@@ -828,6 +837,11 @@ class Pairs:
         )
         return Pairs(prompts, chosen, rejected, [self.rows[i] for i in index])
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each pair's row: prompt, chosen and rejected."""
+        return [sum(map(len, row)) for row in zip(self.prompts, self.chosen, self.rejected, strict=True)]
+
     def key(self) -> str:
         return digest(self.prompts, self.chosen, self.rejected)
 
@@ -878,75 +892,105 @@ def tokenize(
 
 
 class Rows(NamedTuple):
-    """A micro-batch: B rows of W tokens, prompts padded on the left so that response j starts in one column for all."""
+    """A micro-batch: B rows of W tokens, padded on the right; N response tokens in all, of which R responses a row."""
 
     input_ids: Tensor  # (B, W)
     position_ids: Tensor  # (B, W), each response continues the prompt's
     attention_mask: Tensor  # (B, 1, W, W), True where a query may look
-    targets: list[Tensor]  # per response (B, C_j), padded with 0
-    weights: list[Tensor]  # per response (B, C_j), 1 on response tokens, 0 on padding
+    predictors: Tensor  # (N,), for each response token the place in the flattened (B, W) of the token before it
+    targets: Tensor  # (N,), its id
+    places: Tensor  # (2, N), its response (counted r * B + b) and its place in that response
+    shape: tuple[int, int, int]  # (R, B, tokens of the longest response)
 
 
 def build_rows(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]], device: torch.device | str = "cpu"
 ) -> Rows:
-    """responses: B token lists for each of the responses that share a prompt (two for pairs, one for SFT)."""
-    widths = [max(map(len, prompts))] + [max(map(len, response)) for response in responses]
-    starts = np.cumsum([0, *widths])
+    """responses: B token lists for each of the R responses that share a prompt (two for pairs, one for SFT)."""
     batch = len(prompts)
-    ids = np.zeros((batch, starts[-1]), dtype=np.int64)
+    rows = [[prompt, *rest] for prompt, *rest in zip(prompts, *responses, strict=True)]
+    width = max(sum(map(len, row)) for row in rows)
+    ids = np.zeros((batch, width), dtype=np.int64)
     positions = np.zeros_like(ids)
     segments = np.zeros_like(ids)  # 0 padding, 1 prompt, 2, 3, ... responses
-    for b, prompt in enumerate(prompts):
-        spans = [(widths[0] - len(prompt), 0, prompt)]
-        spans += [(start, len(prompt), r[b]) for start, r in zip(starts[1:-1], responses, strict=True)]
-        for segment, (start, position, tokens) in enumerate(spans, 1):
+    predictors: list[np.ndarray] = []
+    places: list[np.ndarray] = []
+    for b, row in enumerate(rows):
+        start, prompt = 0, len(row[0])
+        for segment, tokens in enumerate(row):
             span = slice(start, start + len(tokens))
             ids[b, span] = tokens
-            positions[b, span] = np.arange(position, position + len(tokens))
-            segments[b, span] = segment
+            positions[b, span] = np.arange(len(tokens)) + (prompt if segment else 0)
+            segments[b, span] = segment + 1
+            if segment:
+                # The first token of every response is predicted by the last one of the prompt.
+                before = np.arange(start - 1, start + len(tokens) - 1)
+                before[0] = prompt - 1
+                predictors.append(b * width + before)
+                response = np.full(len(tokens), (segment - 1) * batch + b)
+                places.append(np.stack([response, np.arange(len(tokens))]))
+            start += len(tokens)
     kind = torch.from_numpy(segments).to(device)
     query, key = kind[:, :, None], kind[:, None, :]
-    itself = torch.eye(starts[-1], dtype=torch.bool, device=device)
+    itself = torch.eye(width, dtype=torch.bool, device=device)
     causal = torch.ones_like(itself).tril()
     # Padding looks at itself: a row of the mask without any True gives NaN in some attention kernels.
     mask = (causal & (key != 0) & ((key == query) | (key == 1))) | itself
-    input_ids = torch.from_numpy(ids).to(device)
-    columns = [slice(a, b) for a, b in itertools.pairwise(starts[1:])]
+    targets = np.concatenate([tokens for _, *rest in rows for tokens in rest]).astype(np.int64)
     return Rows(
-        input_ids,
+        torch.from_numpy(ids).to(device),
         torch.from_numpy(positions).to(device),
         mask[:, None],
-        [input_ids[:, span] for span in columns],
-        [(kind[:, span] != 0).float() for span in columns],
+        torch.from_numpy(np.concatenate(predictors)).to(device),
+        torch.from_numpy(targets).to(device),
+        torch.from_numpy(np.concatenate(places, -1)).to(device),
+        (len(responses), batch, max(len(tokens) for response in responses for tokens in response)),
     )
 
 
-def response_logps(model: nn.Module, rows: Rows) -> list[Tensor]:
-    """log pi(y|x) summed over the response's tokens (EOS included), in float32 or wider: per response (B,).
+class TokenLogps(torch.autograd.Function):
+    """log softmax(logits)[target] for logits (N, V) and targets (N,): (N,), in float32 or wider.
 
-    Logits are made only from the last prompt token on: K + 1 columns for K columns of responses, of which the first
-    predicts the first token of every response.
+    The gradient is made in the memory of the one tensor that is saved: of cross_entropy's three passes over new memory
+    of the size of the logits, the largest of a step, one is left. A second backward raises, as the tensor has changed.
     """
-    responses = sum(target.shape[1] for target in rows.targets)
-    logits = model(
-        input_ids=rows.input_ids,
-        attention_mask=rows.attention_mask,
-        position_ids=rows.position_ids,
-        use_cache=False,
-        logits_to_keep=responses + 1,
-    ).logits
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    normaliser = logits.logsumexp(-1)  # (B, K + 1)
-    sums, start = [], 0
-    for target, weight in zip(rows.targets, rows.weights, strict=True):
-        column = torch.arange(start, start + target.shape[1], device=target.device)
-        column[0] = 0
-        row = torch.arange(len(target), device=target.device)[:, None]
-        logps = logits[row, column, target] - normaliser[:, column]
-        sums.append((logps * weight).sum(-1))
-        start += target.shape[1]
-    return sums
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        logps = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        ctx.save_for_backward(logps, targets)
+        return logps.gather(-1, targets[:, None]).squeeze(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logps, targets = ctx.saved_tensors
+        logits_gradient = logps.exp_().mul_(-gradient[:, None])
+        return logits_gradient.scatter_add_(-1, targets[:, None], gradient[:, None]), None
+
+
+def response_logps(model: nn.Module, rows: Rows) -> Tensor:
+    """log pi(y|x) summed over the response's tokens (EOS included), (R, B), in float32 or wider.
+
+    The head sees only the hidden states that predict a response token. A hook in front of it, and not a head of our
+    own behind the base model, keeps whatever the model does to its logits (a soft cap, a scale) and works under FSDP.
+    """
+    # Added to the attention scores: a mask of booleans is understood by SDPA, but misread by other attentions.
+    mask = torch.zeros_like(rows.attention_mask, dtype=next(model.parameters()).dtype)
+    mask = mask.masked_fill(~rows.attention_mask, -math.inf)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1).index_select(0, rows.predictors),))
+    try:
+        logits = model(
+            input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False
+        ).logits
+    finally:
+        hook.remove()
+    logps = TokenLogps.apply(logits, rows.targets)
+    responses, batch, longest = rows.shape
+    # Sums of rows of a table: index_add would add in another order each time on a GPU.
+    table = logps.new_zeros(responses * batch, longest)
+    return table.index_put(tuple(rows.places), logps).sum(-1).view(responses, batch)
 
 
 def plain_logps(model: nn.Module, prompts: Sequence[Sequence[int]], responses: Any, device: Any) -> Tensor:
@@ -965,72 +1009,71 @@ def plain_logps(model: nn.Module, prompts: Sequence[Sequence[int]], responses: A
     return (logps * scored[:, 1:]).sum(-1)
 
 
-def score(model: nn.Module, prompts: Sequence[Any], responses: Sequence[Sequence[Any]], device: Any) -> list[Tensor]:
-    """Log-probs (B,) of each of the responses that share B prompts, by the way that check_sharing found right."""
+def score(model: nn.Module, prompts: Sequence[Any], responses: Sequence[Sequence[Any]], device: Any) -> Tensor:
+    """Log-probs (R, B) of the R responses that share each of B prompts, by the way that check_sharing found right."""
     if getattr(model, "plain_rows", False):
-        return [plain_logps(model, prompts, response, device) for response in responses]
+        return torch.stack([plain_logps(model, prompts, response, device) for response in responses])
     return response_logps(model, build_rows(prompts, responses, device))
 
 
-def score_pairs(
-    model: nn.Module, pairs: Pairs, index: Sequence[int], device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    """(chosen, rejected) log-probs of some of the pairs, each (len(index),)."""
+def score_pairs(model: nn.Module, pairs: Pairs, index: Sequence[int], device: torch.device | str) -> Tensor:
+    """Log-probs of some of the pairs, (2, len(index)): chosen, rejected."""
     some = pairs.select(index)
-    chosen, rejected = score(model, some.prompts, [some.chosen, some.rejected], device)
-    return chosen, rejected
+    return score(model, some.prompts, [some.chosen, some.rejected], device)
 
 
 @functools.cache
 def say_once(message: str) -> None:
-    print(message, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
 
 
 @torch.no_grad()
-def check_sharing(model: nn.Module, pairs: Pairs, world: "World") -> None:
+def check_sharing(model: nn.Module, pairs: Pairs, device: torch.device) -> bool:
     """Compares shared rows with plain ones on the longest pairs, and falls back to plain rows if they differ.
 
     Some architectures cannot share a prompt: those whose positions are not position_ids (ALiBi), or whose attention is
-    cut to a window by the mask that a shared row replaces.
+    cut to a window, by the mask that a shared row replaces, where a response is longer than the window.
     """
-    model.plain_rows = False  # type: ignore[assignment]
-    length = [len(p) + len(c) + len(r) for p, c, r in zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True)]
-    some = pairs.select(sorted(range(len(pairs)), key=lambda i: -length[i])[:4])
-    plain = torch.stack([plain_logps(model, some.prompts, r, world.device) for r in (some.chosen, some.rejected)])
-    tokens = torch.tensor([[len(r) for r in side] for side in (some.chosen, some.rejected)], device=world.device)
-    try:
-        shared = torch.stack(score_pairs(model, some, range(len(some)), world.device))
-        apart = ((shared - plain).abs() / tokens).max().item()
-    except (TypeError, ValueError, IndexError, RuntimeError):
-        apart = math.inf
-    # float32 rounding leaves 1e-5 nat per token; a wrong mask or position leaves tenths.
-    if not apart < 1e-3:
-        model.plain_rows = True  # type: ignore[assignment]
-        if world.rank == 0:
-            say_once(f"{type(model).__name__} cannot share a prompt between two responses: plain rows are used, slower")
+    lengths = [
+        len(p) + max(len(c), len(r)) for p, c, r in zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True)
+    ]
+    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    shares = all(window is None or max(lengths) <= window for window in windows)
+    if shares:
+        some = pairs.select(sorted(range(len(pairs)), key=lambda i: -lengths[i])[:4])
+        plain = torch.stack([plain_logps(model, some.prompts, r, device) for r in (some.chosen, some.rejected)])
+        tokens = torch.tensor([[len(r) for r in side] for side in (some.chosen, some.rejected)], device=device)
+        try:
+            model.plain_rows = False  # type: ignore[assignment]
+            apart = ((score_pairs(model, some, range(len(some)), device) - plain).abs() / tokens).max().item()
+        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+            apart = math.inf
+        # float32 rounding leaves 1e-5 nat per token; a wrong mask or position leaves tenths.
+        shares = apart < 1e-3
+    model.plain_rows = not shares  # type: ignore[assignment]
+    if not shares:
+        say_once(f"{type(model).__name__} cannot share a prompt between two responses: plain rows are used, slower")
+    return shares
 
 
-def deal(lengths: Sequence[Sequence[int]], ranks: int, budget: int) -> list[list[list[int]]]:
+def deal(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
     """Micro-batches for every rank: [micro-batch][rank] -> positions, -1 where a rank has nothing to do.
 
-    lengths: per example its (prompt, response, ...) lengths. Sorted by length and dealt in turn, so that ranks have
-    equal numbers of rows of nearly equal length; filled greedily so that rows * padded width <= budget (at least one
-    row). Every rank gets the same number of rows in each, which the collectives of FSDP need.
+    lengths: tokens of each example's row. Sorted by length and dealt in turn, so that ranks have equal numbers of rows
+    of nearly equal length; filled greedily so that rows * longest <= budget (at least one row). Every rank gets the
+    same number of rows in each, which the collectives of FSDP need.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-sum(lengths[i]), i))
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     turns = [order[i : i + ranks] for i in range(0, len(order), ranks)]
     turns[-1] = turns[-1] + [-1] * (ranks - len(turns[-1]))
     batches: list[list[list[int]]] = []
-    widest: list[int] = []
     for turn in turns:
-        new = [max(part) for part in zip(*(lengths[i] for i in turn if i >= 0), strict=True)]
-        grown = [max(a, b) for a, b in zip(widest, new, strict=True)] if batches else new
-        if batches and (len(batches[-1]) + 1) * sum(grown) <= budget:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0][0]] <= budget:
             batches[-1].append(turn)
-            widest = grown
         else:
             batches.append([turn])
-            widest = new
     return [[[turn[rank] for turn in batch] for rank in range(ranks)] for batch in batches]
 
 
@@ -1059,12 +1102,20 @@ class World:
 
     @contextlib.contextmanager
     def rank_zero_first(self) -> Iterator[None]:
-        """Rank 0 goes ahead (and fills the caches), the others follow."""
+        """Rank 0 goes ahead (and fills the caches), the others follow, or raise what it raised for the user."""
+        problem: list[str | None] = [None]
         if self.rank:
-            dist.barrier()
-        yield
-        if not self.rank:
-            dist.barrier()
+            dist.broadcast_object_list(problem, 0)
+            if problem[0]:
+                raise UserError(problem[0])
+        try:
+            yield
+        except UserError as e:
+            problem = [str(e)]
+            raise
+        finally:
+            if not self.rank:
+                dist.broadcast_object_list(problem, 0)
 
 
 @contextlib.contextmanager
@@ -1087,31 +1138,84 @@ def start_processes() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def load_model(model: str, compute: str, world: World, pairs: Pairs, seed: int = 0) -> nn.Module:
-    """float32 master weights, sharded over the ranks by FSDP2, computing in `compute`; dropout off.
+def micro_batch_tokens(architecture: transformers.PretrainedConfig, parameters: int, world: World) -> int:
+    """Tokens of a micro-batch that fit in memory, of which half is kept free, up to where more are no faster."""
+    text = architecture.get_text_config()
+    hidden = text.hidden_size
+    # What the backward pass needs of a token: the tensors of each block, and logits with their gradient.
+    per_token = (
+        4 * text.num_hidden_layers * (12 * hidden + 5 * (getattr(text, "intermediate_size", None) or 4 * hidden))
+    )
+    per_token += 12 * text.vocab_size
+    if world.device.type == "cuda":
+        memory, most = torch.cuda.get_device_properties(world.device).total_memory, 16_384
+    else:
+        # Beyond this a CPU waits for fresh memory pages.
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        memory, most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks, 1024
+    # Weights, gradient, RMSprop's average, and room for what is gathered.
+    free = max(0, memory - 16 * parameters // world.size) // 2
+    tokens = torch.tensor(min(most, free // per_token), device=world.device)
+    dist.all_reduce(tokens, dist.ReduceOp.MIN)
+    return int(tokens.item())
 
-    `pairs`: on the longest of them it is checked, before sharding, that the model can share prompts.
-    """
+
+def pretrained(model: str, seed: int = 0) -> nn.Module:
+    """Float32 weights on the CPU, from safetensors alone (or random ones for "tiny"); dropout off."""
     torch.manual_seed(seed)
     if model == "tiny":
-        network = AutoModelForCausalLM.from_config(model_config(model), dtype=torch.float32, attn_implementation="sdpa")
-    else:
-        try:
-            network = AutoModelForCausalLM.from_pretrained(
-                model, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-            raise UserError(f"model {model} cannot be loaded ({str(e).splitlines()[0]})") from e
-    network.eval().to(world.device)
-    check_sharing(network, pairs, world)
+        return AutoModelForCausalLM.from_config(model_config(model), dtype=torch.float32).eval()
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise UserError(f"model {model} cannot be loaded ({str(e).splitlines()[0]})") from e
+
+
+def load_model(
+    model: str,
+    compute: str,
+    world: World,
+    pairs: Pairs,
+    seed: int = 0,
+    activation_checkpointing: bool = False,
+    compile_blocks: bool = False,
+) -> nn.Module:
+    """float32 master weights, sharded over the ranks by FSDP2, computing in `compute`; dropout off.
+
+    Rank 0 alone reads the weights and sends them round. There it is checked on the longest of `pairs`, before sharding,
+    that the model can share prompts.
+    """
+    whole, shares = None, torch.ones((), device=world.device)
+    with world.rank_zero_first():
+        if world.rank == 0:
+            whole = pretrained(model, seed).to(world.device)
+            shares.fill_(check_sharing(whole, pairs, world.device))
+            whole.cpu()
+    dist.broadcast(shares, 0)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(model_config(model), dtype=torch.float32).eval()
+    network.plain_rows = not shares.item()
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy()
     if compute == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in network.modules():
         if type(module).__name__ in set(network._no_split_modules or ()):
+            if activation_checkpointing:
+                module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+            if compile_blocks:
+                module.compile(dynamic=True)  # micro-batches differ in both sizes
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(network, mesh=mesh, mp_policy=policy)
+    network.to_empty(device=world.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(network, whole.state_dict() if whole else {}, options=options)
+    # The rotary frequencies are in no checkpoint: they too come from rank 0.
+    values = dict(whole.named_buffers()) if whole else {}
+    for name, buffer in network.named_buffers():
+        if name in values:
+            buffer.copy_(values[name])
+        dist.broadcast(buffer, 0)
     return network
 
 
@@ -1169,6 +1273,10 @@ def backward_in_parts(network: nn.Module, parts: list[Any], loss_of: Callable[[A
 Example = tuple[tuple[int, ...], tuple[int, ...]]  # prompt and response
 
 
+def economies(config: Config) -> dict[str, bool]:
+    return {"activation_checkpointing": config.activation_checkpointing, "compile_blocks": config.compile}
+
+
 def sft_examples(pairs: Pairs) -> list[Example]:
     """The chosen responses, each once: a prompt with several pairs repeats them."""
     return sorted({(tuple(p), tuple(c)) for p, c in zip(pairs.prompts, pairs.chosen, strict=True)})
@@ -1201,7 +1309,7 @@ def has_sft(config: Config, examples: list[Example], tokenizer: Any) -> bool:
 
 def sft(config: Config, model: str, tokenizer: Any, examples: list[Example], pairs: Pairs, world: World) -> None:
     """Trains on the chosen responses, from `model` into --sft-dir."""
-    network = load_model(model, config.policy_dtype, world, pairs, config.seed)
+    network = load_model(model, config.policy_dtype, world, pairs, config.seed, **economies(config))
     optimizer, schedule = optimizer_for([{"params": list(network.parameters()), "lr": config.sft_lr}], config.warmup)
     losses: list[float] = []
     with world.bar(config.sft_epochs * len(examples), "SFT", "example") as bar:
@@ -1234,7 +1342,7 @@ def sft_gradients(examples: list[Example], network: nn.Module, budget: int, worl
         total.add_(loss.detach())
         return loss * world.size
 
-    plan = deal([(len(prompt), len(response)) for prompt, response in examples], world.size, budget)
+    plan = deal([len(prompt) + len(response) for prompt, response in examples], world.size, budget)
     backward_in_parts(network, plan, loss_of)
     dist.all_reduce(total)
     return total
@@ -1249,15 +1357,15 @@ def present(members: list[int], device: torch.device) -> Tensor:
 def score_all(network: nn.Module, pairs: Pairs, batch_size: int, budget: int, world: World, name: str) -> np.ndarray:
     """Log-probs of all pairs, (len(pairs), 2), chosen and rejected, the same on every rank."""
     result = np.full((len(pairs), 2), np.nan)
-    lengths = [tuple(map(len, pair)) for pair in zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True)]
-    by_length = sorted(range(len(pairs)), key=lambda i: (-sum(lengths[i]), i))
+    lengths = pairs.lengths
+    by_length = sorted(range(len(pairs)), key=lambda i: (-lengths[i], i))
     with world.bar(len(pairs), name) as bar:
         for start in range(0, len(pairs), batch_size):
             batch = by_length[start : start + batch_size]
             for members in deal([lengths[i] for i in batch], world.size, budget):
                 index = [batch[i] for i in members[world.rank]]
-                scores = torch.stack(score_pairs(network, pairs, index, world.device), -1)
-                rows = world.gather(scores.double()).cpu().numpy()
+                scores = score_pairs(network, pairs, index, world.device).double()
+                rows = world.gather(scores.T).cpu().numpy()
                 for i, values in zip((i for rank in members for i in rank), rows, strict=True):
                     if i >= 0:
                         result[batch[i]] = values
@@ -1292,6 +1400,7 @@ def reference_pass(config: Config, splits: dict[str, Pairs], world: World) -> di
         world.print(f"reference: log-probs taken from {path}")
         return scores
     network = load_model(str(model), config.reference_dtype, world, splits["train"])
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if config.reference_dtype == "tfloat32" else "ieee"
     # Without gradients a micro-batch holds no activations: four times the tokens fit.
     budget = 4 * config.micro_batch_tokens
     batch = max(config.eval_batch_size, config.batch_size)
@@ -1301,6 +1410,7 @@ def reference_pass(config: Config, splits: dict[str, Pairs], world: World) -> di
         aside = path.with_name(path.name + ".tmp")
         save_file(scores, aside, metadata=key)
         os.replace(aside, path)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     dist.barrier()
     world.print(f"reference: {sum(map(len, splits.values())):,} pairs scored once")
     return scores
@@ -1405,17 +1515,17 @@ def preference_gradients(
     def loss_of(members: list[list[int]]) -> Tensor:
         mine = members[world.rank]
         index = [batch[i] for i in mine]
-        logps = score_pairs(network, pairs, index, world.device)
-        reference = reference_logps[index]
+        logps, reference = score_pairs(network, pairs, index, world.device), reference_logps[index].T
+        mine_noise = None if noise is None else noise[mine]
         losses, chosen, rejected = mixdpo_loss(
-            *logps, reference[:, 0], reference[:, 1], strength, None if noise is None else noise[mine]
+            logps[0], logps[1], reference[0], reference[1], strength, noise=mine_noise
         )
         position = torch.tensor(mine, dtype=torch.float64, device=world.device)
-        records.append(torch.stack([position, losses.detach(), chosen, rejected, *(x.detach() for x in logps)], -1))
+        records.append(torch.stack([position, losses.detach(), chosen, rejected, *logps.detach()], -1))
         # FSDP averages over ranks: times the number of ranks, over the global count, gives the mean over the batch.
         return (losses * present(mine, world.device)).sum() * world.size / len(batch)
 
-    lengths = [(len(pairs.prompts[i]), len(pairs.chosen[i]), len(pairs.rejected[i])) for i in batch]
+    lengths = pairs.select(batch).lengths
     backward_in_parts(network, deal(lengths, world.size, config.micro_batch_tokens), loss_of)
     for gradient in [p.grad for p in strength.parameters() if p.grad is not None]:
         # The strength module is outside FSDP: its gradient is averaged by hand.
@@ -1533,6 +1643,12 @@ def run(config: Config, world: World) -> None:
     architecture = model_config(model)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(architecture).parameters())
+    if not config.micro_batch_tokens:
+        # A run that goes on keeps the size it started with: sums are rounded by micro-batch.
+        started = Path(config.output_dir) / "config.json"
+        tokens = read_json(started).get("micro_batch_tokens") if started.exists() else None
+        tokens = tokens or max(2 * config.max_length, micro_batch_tokens(architecture, parameters, world))
+        config = dataclasses.replace(config, micro_batch_tokens=tokens)
     splits, report = prepare(config, tokenizer, world)
     updates = config.epochs * math.ceil(len(splits["train"]) / config.batch_size)
     strength = make_strength(config)
@@ -1541,7 +1657,8 @@ def run(config: Config, world: World) -> None:
         f"{strength} {learned}; {config.model} ({architecture.model_type}, {parameters:,} parameters); "
         f"{config.dataset}: {len(splits['train']):,} pairs, {updates} updates of {config.batch_size}, "
         f"{len(splits['validation'])} held out; {world.size} x {world.device.type}; "
-        f"policy {config.policy_dtype}, reference {config.reference_dtype}"
+        f"policy {config.policy_dtype}, reference {config.reference_dtype}; micro-batches of "
+        f"{config.micro_batch_tokens:,} tokens"
     )
     dropped = ", ".join(f"{reason} {n}" for reason, n in report["rows_dropped"].items()) or "none"
     world.print(f"data: {report['rows_read']:,} rows, {report['split']}; dropped: {dropped}")
@@ -1561,7 +1678,7 @@ def run(config: Config, world: World) -> None:
         sft(config, model, tokenizer, examples, splits["train"], world)
     reference = reference_pass(config, splits, world)
     gc.collect()
-    network = load_model(config.sft_dir, config.policy_dtype, world, splits["train"])
+    network = load_model(config.sft_dir, config.policy_dtype, world, splits["train"], **economies(config))
     strength = train(config, splits, reference, network, world)
     output = Path(config.output_dir)
     export(network, tokenizer, output / "policy", world)
