@@ -24,6 +24,8 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import errno
+import fcntl
 import functools
 import gc
 import gzip
@@ -33,10 +35,13 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -52,13 +57,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint import CheckpointException, async_save, load
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+import mixdpo
 from mixdpo import Gamma, LogNormal, PointMass, mixdpo_loss
 
 Strength = PointMass | LogNormal | Gamma
@@ -66,6 +79,20 @@ Strength = PointMass | LogNormal | Gamma
 
 class UserError(Exception):
     """A mistake of the user's: main() prints it as one line and exits with status 2."""
+
+    status = 2
+
+
+class Unwritable(UserError):
+    """No space, or no permission, in the middle of a run: one line and status 1; the last checkpoint is whole."""
+
+    status = 1
+
+
+class Interrupted(UserError):
+    """A signal came and the run has saved its state: one line and status 75, EX_TEMPFAIL, "try again"."""
+
+    status = 75
 
 
 # --- configuration: the single source of flags, help and config.json -------------------------------------------------
@@ -124,6 +151,9 @@ class Config:
     seed: int = flag(0, "seeds the split, the sampling, the order, the draws and random weights", ">= 0")
     sft_lr: float = flag(5e-7, "learning rate of SFT (RMSprop, same warm-up)")
     sft_epochs: int = flag(1, "passes of SFT over the chosen responses", ">= 0")
+    save_every: int = flag(9_920, "examples between checkpoints, rounded down to whole updates; one is at the end")
+    keep: int = flag(2, "checkpoints kept")
+    resume: bool = flag(True, "go on with an unfinished run in --output-dir; --no-resume refuses it")
     policy_dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "compute dtype over float32 master weights")
     reference_dtype: Literal["bfloat16", "tfloat32", "float32"] = flag(
         "float32", "compute dtype of the reference pass; tfloat32: float32 with the GPU's shorter products"
@@ -151,7 +181,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # What a run leaves may be compared and shared whatever these are.
-LOCATION_FLAGS = ("output_dir", "sft_dir", "reference_cache", "data_dir", "preset")
+LOCATION_FLAGS = ("output_dir", "sft_dir", "reference_cache", "data_dir", "preset", "keep", "resume")
 
 
 class Parser(argparse.ArgumentParser):
@@ -219,6 +249,21 @@ def write_text(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(aside, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes a rename in it durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -237,8 +282,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(f"{k} {old.get(k)!r} there, {new.get(k)!r} here" for k in keys)
 
 
-def claim_output_dir(config: Config) -> None:
-    """Writes config.json, or refuses a directory that holds another run or something else."""
+def claim_output_dir(config: Config, lock: contextlib.ExitStack) -> None:
+    """Locks the directory and writes config.json, or refuses one that holds another run or something else.
+
+    The lock is the system's and goes with the process: a crash leaves none behind.
+    """
     path = Path(config.output_dir)
     mine = {k: v for k, v in dataclasses.asdict(config).items() if k not in LOCATION_FLAGS}
     try:
@@ -254,13 +302,21 @@ def claim_output_dir(config: Config) -> None:
                 raise UserError(
                     f"--output-dir {path} holds this very run, finished: choose another directory to repeat it"
                 )
-            if (path / "metrics.jsonl").exists():
+            if not config.resume:
                 raise UserError(
-                    f"--output-dir {path} holds this run, unfinished: remove its metrics.jsonl to train again from the "
-                    "SFT checkpoint, or choose another directory"
+                    f"--output-dir {path} holds this run, unfinished: leave out --no-resume to go on with it, "
+                    "or choose another directory"
                 )
-        elif path.exists() and any(p.name != "sft" for p in path.iterdir()):
+        elif path.exists() and any(p.name not in ("sft", "lock") for p in path.iterdir()):
             raise UserError(f"--output-dir {path} is not empty and holds no config.json: choose another directory")
+        path.mkdir(parents=True, exist_ok=True)
+        handle = lock.enter_context(open(path / "lock", "w"))  # noqa: SIM115
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output-dir {path} is in use by another run: wait for it, or choose another directory"
+            ) from None
         write_json(path / "config.json", dataclasses.asdict(config))
     except OSError as e:
         raise UserError(f"--output-dir {path} cannot be written ({e}): choose another directory") from e
@@ -1090,9 +1146,9 @@ class World:
         if self.rank == 0:
             print(message, flush=True)
 
-    def bar(self, total: int, description: str, unit: str = "pair") -> tqdm:
+    def bar(self, total: int, description: str, unit: str = "pair", initial: int = 0) -> tqdm:
         # disable=None: silent when stderr is not a terminal.
-        return tqdm(total=total, desc=description, unit=unit, disable=True if self.rank else None)
+        return tqdm(total=total, desc=description, unit=unit, initial=initial, disable=True if self.rank else None)
 
     def gather(self, values: Tensor) -> Tensor:
         """(n, m) on every rank -> (size * n, m), the same on all."""
@@ -1239,6 +1295,131 @@ def export(
     dist.barrier()
 
 
+# --- checkpoints: an interrupted run, started again, ends bit for bit where an uninterrupted one does ----------------
+
+STOP = threading.Event()  # a signal came: the loops save after the step and stop
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT set STOP; a second one stops at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        if STOP.is_set():
+            raise KeyboardInterrupt
+        STOP.set()
+
+    STOP.clear()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Checkpoints:
+    """The state of one loop under `path`, as path/step-00000031: sharded files of every rank and manifest.json.
+
+    Written in the background beside its place; when all ranks' files are on disk rank 0 hashes them into the manifest
+    and renames. So a directory of that name is whole, or was damaged later, which the hashes show. `key` is what the
+    state depends on beside the configuration.
+    """
+
+    def __init__(
+        self, path: Path, keep: int, key: dict[str, Any], module: nn.Module, optimizer: Any, schedule: Any, world: World
+    ) -> None:
+        self.path, self.keep, self.world = path, keep, world
+        self.key = key | {"torch": torch.__version__, "transformers": transformers.__version__}
+        self.module, self.optimizer, self.schedule = module, optimizer, schedule
+        self.group = dist.new_group(backend="gloo")  # its own: it communicates while the loop does
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def newest(self) -> dict[str, Any] | None:
+        """The manifest of the newest whole checkpoint; those that are not whole are named."""
+        for folder in sorted(self.path.glob("step-" + 8 * "[0-9]"), reverse=True):
+            try:
+                manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+                for name, known in manifest["files"].items():
+                    if file_hash(folder / name) != known:
+                        raise ValueError(f"{name} has changed")
+            except (OSError, ValueError, KeyError) as e:
+                self.world.print(f"checkpoint {folder} is not whole ({e}): not used")
+                continue
+            if manifest["key"] != self.key:
+                raise UserError(
+                    f"checkpoint {folder} is of another run ({differences(manifest['key'], self.key)}): restore what "
+                    "it was made with, or choose another --output-dir"
+                )
+            return manifest
+        return None
+
+    def restore(self) -> dict[str, Any] | None:
+        """Puts the newest whole checkpoint into module, optimizer and schedule; returns its progress."""
+        found: list[dict[str, Any] | None] = [None]
+        with self.world.rank_zero_first():
+            if self.world.rank == 0:
+                found = [self.newest()]
+        dist.broadcast_object_list(found, 0)
+        manifest = found[0]
+        if manifest is None:
+            return None
+        state = self.state()
+        load(state, checkpoint_id=self.path / manifest["name"], process_group=self.group)
+        set_state_dict(
+            self.module, self.optimizer, model_state_dict=state["module"], optim_state_dict=state["optimizer"]
+        )
+        self.schedule.load_state_dict(manifest["schedule"])
+        return manifest["progress"]
+
+    def state(self) -> dict[str, Any]:
+        module, optimizer = get_state_dict(self.module, self.optimizer)
+        return {"module": module, "optimizer": optimizer}
+
+    def save(self, step: int, progress: dict[str, Any]) -> None:
+        self.wait()
+        name = f"step-{step:08}"
+        aside = self.path / f"{name}.tmp"
+        if self.world.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        dist.barrier()
+        manifest = {"name": name, "key": self.key, "ranks": self.world.size, "progress": progress}
+        manifest["schedule"] = self.schedule.state_dict()
+        written = async_save(self.state(), checkpoint_id=aside, process_group=self.group)
+        assert isinstance(written, Future)
+        self.pending = self.thread.submit(self.finish, written, aside, manifest) if self.world.rank == 0 else written
+
+    def finish(self, written: Future, aside: Path, manifest: dict[str, Any]) -> None:
+        """On rank 0, in the background."""
+        written.result()
+        files = {p.name: file_hash(p) for p in sorted(aside.iterdir())}
+        write_json(aside / "manifest.json", manifest | {"files": files})
+        place = self.path / manifest["name"]
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(aside, place)
+        sync_directory(self.path)
+        for old in sorted(self.path.glob("step-" + 8 * "[0-9]"))[: -self.keep]:
+            shutil.rmtree(old)
+
+    def wait(self) -> None:
+        """Until what is being written is whole."""
+        pending, self.pending = self.pending, None
+        try:
+            if pending:
+                pending.result()
+        except (OSError, CheckpointException) as e:
+            reason = str(e).strip().splitlines()[-1]
+            raise Unwritable(
+                f"a checkpoint cannot be written to {self.path} ({reason}): make room and start again, the run goes on "
+                "from the last whole one"
+            ) from e
+
+    def close(self) -> None:
+        """Leaves nothing running, also after an error; waits for nobody."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+
 # --- SFT and the reference pass --------------------------------------------------------------------------------------
 
 
@@ -1311,41 +1492,61 @@ def sft(config: Config, model: str, tokenizer: Any, examples: list[Example], pai
     """Trains on the chosen responses, from `model` into --sft-dir."""
     network = load_model(model, config.policy_dtype, world, pairs, config.seed, **economies(config))
     optimizer, schedule = optimizer_for([{"params": list(network.parameters()), "lr": config.sft_lr}], config.warmup)
-    losses: list[float] = []
-    with world.bar(config.sft_epochs * len(examples), "SFT", "example") as bar:
-        for batch in batches(len(examples), config.batch_size, config.sft_epochs, config.seed):
-            loss = sft_gradients([examples[i] for i in batch], network, config.micro_batch_tokens, world)
-            norm = clip_policy(network, config.max_grad_norm)
-            losses.append(loss.item())
-            if not (math.isfinite(losses[-1]) and math.isfinite(norm.item())):
-                raise RuntimeError(f"SFT update {len(losses)}: loss {losses[-1]}, gradient norm {norm}: lower --sft-lr")
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            bar.update(len(batch))
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    record = sft_key(config, examples) | {"examples": len(examples), "losses": losses}
-    export(network, tokenizer, Path(config.sft_dir), world, record)
+    path, key = Path(config.sft_dir), sft_key(config, examples)
+    part = path.with_name(path.name + ".part")
+    with contextlib.closing(Checkpoints(part, config.keep, key, network, optimizer, schedule, world)) as checkpoints:
+        losses: list[float] = (checkpoints.restore() or {}).get("losses", [])
+        done, last = len(losses), config.sft_epochs * math.ceil(len(examples) / config.batch_size)
+        if done:
+            world.print(f"SFT: goes on after update {done} of {last}")
+        with world.bar(last, "SFT", "update", done) as bar:
+            order = batches(len(examples), config.batch_size, config.sft_epochs, config.seed)
+            for step, batch in itertools.islice(enumerate(order, 1), done, None):
+                loss, stop = sft_gradients([examples[i] for i in batch], network, config.micro_batch_tokens, world)
+                norm = clip_policy(network, config.max_grad_norm)
+                losses.append(loss)
+                if not (math.isfinite(loss) and math.isfinite(norm.item())):
+                    raise RuntimeError(f"SFT update {step}: loss {loss}, gradient norm {norm}: lower --sft-lr")
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}")
+                if step < last and (stop or step % max(1, config.save_every // config.batch_size) == 0):
+                    checkpoints.save(step, {"losses": losses})
+                if step < last and stop:
+                    checkpoints.wait()
+                    raise Interrupted(f"interrupted and saved after SFT update {step}: the same command goes on")
+        checkpoints.wait()
+    record = key | {"examples": len(examples), "losses": losses}
+    export(network, tokenizer, path, world, record)
+    if world.rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
     change = f", nats per token {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else ""
     world.print(f"SFT: {len(examples):,} examples, {len(losses)} updates{change}")
 
 
-def sft_gradients(examples: list[Example], network: nn.Module, budget: int, world: World) -> Tensor:
-    """Leaves the gradient of -log pi per response token of the global batch; returns that loss, equal on all ranks."""
+def sft_gradients(examples: list[Example], network: nn.Module, budget: int, world: World) -> tuple[float, bool]:
+    """Leaves the gradient of -log pi per response token of the global batch.
+
+    Returns that loss, and whether a signal reached any rank: the same on all.
+    """
     tokens = sum(len(response) for _, response in examples)
-    total = torch.zeros((), device=world.device)
+    total = torch.zeros(2, device=world.device)
 
     def loss_of(members: list[list[int]]) -> Tensor:
         mine = members[world.rank]
         (logps,) = score(network, [examples[i][0] for i in mine], [[examples[i][1] for i in mine]], world.device)
         loss = -(logps * present(mine, world.device)).sum() / tokens
-        total.add_(loss.detach())
+        total[0] += loss.detach()
         return loss * world.size
 
     plan = deal([len(prompt) + len(response) for prompt, response in examples], world.size, budget)
     backward_in_parts(network, plan, loss_of)
+    total[1] = float(STOP.is_set())
     dist.all_reduce(total)
-    return total
+    loss, stop = total.tolist()
+    return loss, stop > 0
 
 
 def present(members: list[int], device: torch.device) -> Tensor:
@@ -1376,41 +1577,90 @@ def score_all(network: nn.Module, pairs: Pairs, batch_size: int, budget: int, wo
 def hash_weights(path: Path) -> str:
     sha = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")):
-        with open(file, "rb") as f:
-            sha.update(hashlib.file_digest(f, "sha256").digest())
+        sha.update(bytes.fromhex(file_hash(file)))
     return sha.hexdigest()[:32]
 
 
-def reference_pass(config: Config, splits: dict[str, Pairs], world: World) -> dict[str, np.ndarray]:
-    """Reference log-probs of the pairs of every split, (n, 2); from --reference-cache when it is the same pass."""
-    path, model = Path(config.reference_cache), Path(config.sft_dir)
-    key = {"weights": hash_weights(model), "dtype": config.reference_dtype}
-    key |= {f"{name}_tokens": pairs.key() for name, pairs in splits.items()}
+def reference_key(config: Config, splits: dict[str, Pairs]) -> dict[str, str]:
+    """What reference log-probs depend on."""
+    key = {"weights": hash_weights(Path(config.sft_dir)), "dtype": config.reference_dtype}
+    return key | {f"{name}_tokens": pairs.key() for name, pairs in splits.items()}
+
+
+def write_scores(path: Path, scores: dict[str, np.ndarray], key: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    sums = {f"sha256_{name}": hashlib.sha256(values.tobytes()).hexdigest() for name, values in scores.items()}
+    save_file(scores, aside, metadata=key | sums)
+    with open(aside, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+    sync_directory(path.parent)
+
+
+def read_scores(path: Path, key: dict[str, str]) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, "numpy") as f:
+            found = f.metadata() or {}
+            scores = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"--reference-cache {path} cannot be read ({e}): remove it") from e
+    sums = {name: found.pop(f"sha256_{name}", None) for name in scores}
+    if found != key:
+        raise UserError(
+            f"--reference-cache {path} is of another pass ({differences(found, key)}): remove it, or name another"
+        )
+    if changed := [n for n, values in scores.items() if hashlib.sha256(values.tobytes()).hexdigest() != sums[n]]:
+        raise UserError(f"--reference-cache {path} is damaged (the values of {changed[0]} have changed): remove it")
+    return scores
+
+
+def reference_pass(
+    config: Config, splits: dict[str, Pairs], key: dict[str, str], world: World
+) -> dict[str, np.ndarray]:
+    """Reference log-probs of the pairs of every split, (n, 2); from --reference-cache when it is the same pass.
+
+    Scored in parts of --save-every pairs, each kept beside the cache until all are there.
+    """
+    path = Path(config.reference_cache)
     if path.exists():
-        try:
-            with safe_open(path, "numpy") as f:
-                found = f.metadata() or {}
-                scores = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"--reference-cache {path} cannot be read ({e}): remove it") from e
-        if found != key:
-            raise UserError(
-                f"--reference-cache {path} is of another pass ({differences(found, key)}): remove it, or name another"
-            )
+        with world.rank_zero_first():
+            scores = read_scores(path, key)
         world.print(f"reference: log-probs taken from {path}")
         return scores
-    network = load_model(str(model), config.reference_dtype, world, splits["train"])
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if config.reference_dtype == "tfloat32" else "ieee"
+    network = load_model(config.sft_dir, config.reference_dtype, world, splits["train"])
     # Without gradients a micro-batch holds no activations: four times the tokens fit.
     budget = 4 * config.micro_batch_tokens
     batch = max(config.eval_batch_size, config.batch_size)
-    scores = {n: score_all(network, p, batch, budget, world, f"reference, {n}") for n, p in splits.items()}
-    if world.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".tmp")
-        save_file(scores, aside, metadata=key)
-        os.replace(aside, path)
+    parts = path.with_name(path.name + ".part")
+    scores = {}
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if config.reference_dtype == "tfloat32" else "ieee"
+    for name, pairs in splits.items():
+        found: list[np.ndarray] = []
+        for start in range(0, len(pairs), config.save_every):
+            part = parts / f"{name}-{start:09}.safetensors"
+            own = key | {"part": part.name, "pairs": str(config.save_every)}
+            saved: list[np.ndarray | None] = [None]
+            if world.rank == 0 and part.exists():
+                with contextlib.suppress(UserError):  # of another pass, or damaged: made again
+                    saved = [read_scores(part, own)["logps"]]
+            dist.broadcast_object_list(saved, 0)
+            values = saved[0]
+            if values is None:
+                some = pairs.select(range(start, min(start + config.save_every, len(pairs))))
+                values = score_all(network, some, batch, budget, world, f"reference, {name}")
+                if world.rank == 0:
+                    write_scores(part, {"logps": values}, own)
+                stop = torch.tensor(float(STOP.is_set()), device=world.device)
+                dist.all_reduce(stop)
+                if stop.item():
+                    raise Interrupted(f"interrupted in the reference pass, saved in {parts}: the same command goes on")
+            found.append(values)
+        scores[name] = np.concatenate(found)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
+    if world.rank == 0:
+        write_scores(path, scores, key)
+        shutil.rmtree(parts)
     dist.barrier()
     world.print(f"reference: {sum(map(len, splits.values())):,} pairs scored once")
     return scores
@@ -1506,8 +1756,8 @@ def preference_gradients(
 ) -> Tensor:
     """Leaves the gradient of the mean loss over the global batch in policy and strength, the same on every rank.
 
-    Returns (filler included) (rows, 6) on every rank: position in the batch (-1 for filler), loss, chosen and rejected
-    reward, chosen and rejected log-prob.
+    Returns (filler included) (rows, 7) on every rank: position in the batch (-1 for filler), loss, chosen and rejected
+    reward, chosen and rejected log-prob, and whether a signal reached the row's rank.
     """
     noise = draws(config, step, len(batch), world.device)
     records: list[Tensor] = []
@@ -1531,28 +1781,45 @@ def preference_gradients(
         # The strength module is outside FSDP: its gradient is averaged by hand.
         dist.all_reduce(gradient)
         gradient /= world.size
-    return world.gather(torch.cat(records))
+    rows = torch.cat(records)
+    return world.gather(torch.cat([rows, torch.full_like(rows[:, :1], float(STOP.is_set()))], -1))
 
 
 def check_finite(
-    values: np.ndarray, norms: list[float], step: int, batch: list[int], pairs: Pairs, strength: Strength
+    values: np.ndarray, norms: list[float], step: int, batch: list[int], pairs: Pairs, strength: Strength, path: Path
 ) -> None:
-    """Stops before the optimiser step, with what is needed to find the cause."""
+    """Stops before the optimiser step, with what is needed to find the cause, also as a JSON file."""
     bad = ~np.isfinite(values).all(-1)
     if not bad.any() and all(map(math.isfinite, norms)):
         return
     rows = sorted(pairs.rows[batch[int(i)]] for i in values[bad, 0])
     margins = values[~bad, 2] - values[~bad, 3]
     span = f"[{margins.min():.4g}, {margins.max():.4g}]" if len(margins) else "none finite"
+    fields = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+    every = [
+        {"row": pairs.rows[batch[int(v[0])]]} | {name: repr(x) for name, x in zip(fields, v[1:].tolist(), strict=True)}
+        for v in values
+    ]
+    if dist.get_rank() == 0:
+        write_json(
+            path, {"step": step, "gradient_norms": list(map(repr, norms)), "rows": every} | strength_values(strength)
+        )
     raise RuntimeError(
         f"update {step}: loss or gradient is not finite, the policy was not changed. Training rows with a bad loss: "
-        f"{rows or 'none'}; reward margins of the others {span}; gradient norms {norms}; {strength}"
+        f"{rows or 'none'}; reward margins of the others {span}; gradient norms {norms}; {strength}; "
+        f"every row is in {path}"
     )
 
 
 def train(
-    config: Config, splits: dict[str, Pairs], reference: dict[str, np.ndarray], network: nn.Module, world: World
+    config: Config,
+    splits: dict[str, Pairs],
+    reference: dict[str, np.ndarray],
+    key: dict[str, str],
+    network: nn.Module,
+    world: World,
 ) -> Strength:
+    """Trains policy and strength, from the newest checkpoint if there is one; `key`: of the reference log-probs."""
     pairs, held_out = splits["train"], splits["validation"]
     strength = make_strength(config, world.device)
     groups: list[dict[str, Any]] = [{"params": list(network.parameters()), "lr": config.lr}]
@@ -1561,10 +1828,11 @@ def train(
         groups.append({"params": list(strength.parameters()), "lr": config.beta_lr})
     optimizer, schedule = optimizer_for(groups, config.warmup)
     reference_logps = torch.from_numpy(reference["train"]).to(world.device)
-    examples = 0
     last = config.epochs * math.ceil(len(pairs) / config.batch_size)
     eval_steps = max(1, config.eval_every // config.batch_size)
-    path = Path(config.output_dir) / "metrics.jsonl"
+    save_steps = max(1, config.save_every // config.batch_size)
+    output = Path(config.output_dir)
+    path = output / "metrics.jsonl"
 
     def evaluate(step: int) -> None:
         metrics = evaluate_policy(config, network, strength, held_out, reference["validation"], world)
@@ -1576,32 +1844,81 @@ def train(
             f"{metrics['rewards/accuracies']:.3f}, reward margin {metrics['rewards/margins']:+.4f}, {beta}"
         )
 
-    evaluate(0)
-    with world.bar(config.epochs * len(pairs), "train") as bar:
-        for step, batch in enumerate(batches(len(pairs), config.batch_size, config.epochs, config.seed), 1):
-            began = time.perf_counter()
-            rows = preference_gradients(config, step, batch, pairs, reference_logps, network, strength, world)
-            norm = clip_policy(network, config.max_grad_norm)
-            beta_norm = nn.utils.get_total_norm([p.grad for p in strength.parameters() if p.grad is not None])
-            # The one wait for the device in a step: everything that the host needs comes in one copy.
-            *flat, grad_norm, beta_grad_norm = torch.cat([rows.flatten(), norm[None], beta_norm[None]]).tolist()
-            values = np.array(flat).reshape(rows.shape)
-            values = values[values[:, 0] >= 0]
-            check_finite(values, [grad_norm, beta_grad_norm], step, batch, pairs, strength)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            examples += len(batch)
-            metrics = row_metrics(values[:, 1:]) | {"grad_norm": grad_norm, "beta_grad_norm": beta_grad_norm}
-            metrics["examples_per_second"] = len(batch) / (time.perf_counter() - began)
-            if world.rank == 0:
-                log_metrics(path, step, examples, "train", metrics, strength)
-            bar.update(len(batch))
-            bar.set_postfix(loss=f"{metrics['loss']:.4f}", cv=f"{strength.cv.item():.3f}")
-            if step % eval_steps == 0 and step != last:
-                evaluate(step)
-    evaluate(last)
+    state = nn.ModuleDict({"policy": network, "strength": strength})
+    mine = key | {"mixdpo": file_hash(Path(mixdpo.__file__))}
+    with contextlib.closing(
+        Checkpoints(output / "checkpoints", config.keep, mine, state, optimizer, schedule, world)
+    ) as checkpoints:
+        progress = checkpoints.restore() or {"step": 0, "examples": 0, "metrics_bytes": 0}
+        examples = progress["examples"]
+        if world.rank == 0:
+            cut_metrics(path, progress["metrics_bytes"])
+        if progress["step"]:
+            world.print(f"goes on after update {progress['step']} of {last}")
+        else:
+            evaluate(0)
+        order = batches(len(pairs), config.batch_size, config.epochs, config.seed)
+        with world.bar(config.epochs * len(pairs), "train", initial=examples) as bar:
+            for step, batch in itertools.islice(enumerate(order, 1), progress["step"], None):
+                began = time.perf_counter()
+                rows = preference_gradients(config, step, batch, pairs, reference_logps, network, strength, world)
+                norm = clip_policy(network, config.max_grad_norm)
+                beta_norm = nn.utils.get_total_norm([p.grad for p in strength.parameters() if p.grad is not None])
+                # The one wait for the device in a step: everything that the host needs comes in one copy.
+                *flat, grad_norm, beta_grad_norm = torch.cat([rows.flatten(), norm[None], beta_norm[None]]).tolist()
+                values = np.array(flat).reshape(rows.shape)
+                stop = values[:, 6].any()
+                values = values[values[:, 0] >= 0, :6]
+                norms = [grad_norm, beta_grad_norm]
+                check_finite(values, norms, step, batch, pairs, strength, output / "diagnostics.json")
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                examples += len(batch)
+                metrics = row_metrics(values[:, 1:]) | {"grad_norm": grad_norm, "beta_grad_norm": beta_grad_norm}
+                metrics["examples_per_second"] = len(batch) / (time.perf_counter() - began)
+                if world.rank == 0:
+                    log_metrics(path, step, examples, "train", metrics, strength)
+                bar.update(len(batch))
+                bar.set_postfix(loss=f"{metrics['loss']:.4f}")
+                if step % eval_steps == 0 or step == last:
+                    evaluate(step)
+                if step % save_steps == 0 or step == last or stop:
+                    warn_of_drift(strength)
+                    size = sync_file(path) if world.rank == 0 else 0
+                    checkpoints.save(step, {"step": step, "examples": examples, "metrics_bytes": size})
+                if stop and step != last:
+                    checkpoints.wait()
+                    raise Interrupted(f"interrupted and saved after update {step}: the same command goes on")
+        checkpoints.wait()
     return strength
+
+
+def sync_file(path: Path) -> int:
+    """Makes it durable; returns its size."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+    return path.stat().st_size
+
+
+def cut_metrics(path: Path, size: int) -> None:
+    """Cuts off the lines that were written after the checkpoint: they will be written again."""
+    there = path.stat().st_size if path.exists() else 0
+    if there < size:
+        raise UserError(
+            f"{path} has {there} bytes, {size} when the checkpoint was made: restore it, or remove checkpoints/ beside "
+            "it to train again"
+        )
+    if there:
+        os.truncate(path, size)
+
+
+def warn_of_drift(strength: Strength) -> None:
+    for name, value in strength_values(strength).items():
+        if name != "loc" and not 1e-3 < value < 1e4:
+            say_once(
+                f"warning: {name} of the strength has drifted to {value:.3g}: lower --beta-lr, or 0 to keep it fixed"
+            )
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -1630,7 +1947,8 @@ def prepare(config: Config, tokenizer: Any, world: World) -> tuple[dict[str, Pai
     return splits, report
 
 
-def run(config: Config, world: World) -> None:
+def run(config: Config, world: World, lock: contextlib.ExitStack) -> None:
+    """The stages in their order; `lock` keeps the output directory until it is closed."""
     for name in ("batch_size", "eval_batch_size"):
         if getattr(config, name) % world.size:
             raise UserError(
@@ -1667,19 +1985,20 @@ def run(config: Config, world: World) -> None:
     examples = sft_examples(splits["train"])
     ready = has_sft(config, examples, tokenizer)
     dist.barrier()  # every rank has looked before rank 0 writes
-    if world.rank == 0:
-        claim_output_dir(config)
-        write_json(Path(config.output_dir) / "data.json", report)
-    dist.barrier()
+    with world.rank_zero_first():
+        if world.rank == 0:
+            claim_output_dir(config, lock)
+            write_json(Path(config.output_dir) / "data.json", report)
 
     if ready:
         world.print(f"SFT: taken from {config.sft_dir}")
     else:
         sft(config, model, tokenizer, examples, splits["train"], world)
-    reference = reference_pass(config, splits, world)
+    key = reference_key(config, splits)
+    reference = reference_pass(config, splits, key, world)
     gc.collect()
     network = load_model(config.sft_dir, config.policy_dtype, world, splits["train"], **economies(config))
-    strength = train(config, splits, reference, network, world)
+    strength = train(config, splits, reference, key, network, world)
     output = Path(config.output_dir)
     export(network, tokenizer, output / "policy", world)
     if world.rank == 0:
@@ -1699,20 +2018,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_config(argv)
         quiet_libraries()
-        with start_processes() as world:
-            run(config, world)
+        with stop_signals(), start_processes() as world, contextlib.ExitStack() as lock:
+            run(config, world, lock)
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: error: {e}", file=sys.stderr)
-        return 2
+            print(f"train.py: {'' if e.status == 75 else 'error: '}{e}", file=sys.stderr)
+        return e.status
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+            raise
+        print(
+            f"train.py: error: {e.filename or config.output_dir} cannot be written ({e.strerror}): make room and start "
+            "again, the run goes on from the last whole checkpoint",
+            file=sys.stderr,
+        )
+        return Unwritable.status
     except torch.OutOfMemoryError as e:
         # Of whatever rank: the others only see that it is gone.
         print(f"train.py: out of memory: lower --micro-batch-tokens ({str(e).splitlines()[0]})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            "train.py: interrupted; the SFT checkpoint and the reference log-probs are kept if whole", file=sys.stderr
-        )
+        print("train.py: stopped at once: the same command goes on from the last whole checkpoint", file=sys.stderr)
         return 130
     return 0
 
