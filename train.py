@@ -35,6 +35,8 @@ import os
 import shutil
 import sys
 import time
+import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +50,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowException
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -148,14 +151,30 @@ LOCATION_FLAGS = ("output_dir", "sft_dir", "reference_cache", "data_dir", "prese
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        self.add_argument("--debug", action="store_true", help="show where an error was raised, too")
+
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; see --help")
 
 
+def printable(text: str) -> str:
+    """Text from outside on one line: what would break it, or steer a terminal, is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def report_error(program: str, error: UserError, argv: Sequence[str] | None) -> int:
+    """Prints a mistake as one line, after its traceback with --debug; returns the exit status."""
+    if os.environ.get("RANK", "0") == "0":
+        if "--debug" in (sys.argv if argv is None else argv):
+            traceback.print_exception(error)
+        print(f"{program}: error: {printable(str(error))}", file=sys.stderr)
+    return 2
+
+
 def parse_config(argv: Sequence[str] | None = None) -> Config:
-    parser = Parser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(prog="train.py", description=__doc__)
     for f in dataclasses.fields(Config):
         kind: dict[str, Any] = {"type": f.type, "metavar": getattr(f.type, "__name__", "").upper()}
         if get_origin(f.type) is Literal:
@@ -164,7 +183,9 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     preset = parser.parse_args(argv).preset
     parser.set_defaults(**PRESETS[preset])
-    config = Config(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    del values["debug"]
+    config = Config(**values)
     name = f"{Path(config.model).name}-{Path(config.dataset).stem}-{config.dist}"
     output_dir = config.output_dir or f"runs/{name}"
     return check_config(
@@ -180,11 +201,18 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
 def check_config(config: Config) -> Config:
     for f in dataclasses.fields(Config):
         value, bound = getattr(config, f.name), f.metadata["bound"]
+        if get_origin(f.type) is Literal:
+            fits = value in get_args(f.type)
+        else:  # a config.json may write 1 for 1.0
+            fits = type(value) is f.type or (f.type is float and type(value) is int)
+        if not fits:
+            raise UserError(f"--{f.name.replace('_', '-')} {value!r} is not of its type: see --help")
         if isinstance(value, (int, float)):
             inside = {"> 0": value > 0, ">= 0": value >= 0, "": True}[bound]
-            if not (math.isfinite(value) and inside):
+            size = "finite" if f.type is float else "below 2**63"
+            if not (abs(value) < (math.inf if f.type is float else 2**63) and inside):
                 raise UserError(
-                    f"--{f.name.replace('_', '-')} must be finite{' and ' * bool(bound)}{bound}, got {value}"
+                    f"--{f.name.replace('_', '-')} must be {size}{' and ' * bool(bound)}{bound}, got {value}"
                 )
     if config.max_prompt_length >= config.max_length:
         raise UserError(
@@ -195,6 +223,17 @@ def check_config(config: Config) -> Config:
         raise UserError(
             f"--micro-batch-tokens {config.micro_batch_tokens} cannot hold one pair of --max-length "
             f"{config.max_length}: at least {2 * config.max_length}"
+        )
+    if config.samples > 2**16:
+        raise UserError(f"--samples {config.samples} draws for every pair of a batch fill the memory: at most {2**16}")
+    if not 1e-100 < config.demo_heterogeneity < 1e100 and config.demo_heterogeneity:
+        raise UserError(f"--demo-heterogeneity must be 0 or in (1e-100, 1e100), got {config.demo_heterogeneity}")
+    strength = make_strength(config)
+    mean, variance = strength.mean.item(), strength.variance.item()
+    if not (0 < mean < math.inf and variance < math.inf):
+        raise UserError(
+            f"{strength} has mean {mean:g} and variance {variance:g} in float32, which have to be finite and > 0: give "
+            "less extreme parameters"
         )
     return config
 
@@ -216,11 +255,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, kind: type = dict) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({e}): remove it, or point to another directory") from e
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} cannot be read ({e}): repair or remove it, or name another") from e
+    if not isinstance(value, kind):
+        raise UserError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}: repair or remove it")
+    return value
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -271,23 +313,48 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 Row = dict[str, Any]
 
 
+LONGEST_LINE = 2**26  # bytes of a line or a CSV field: far above any answer, far below what would fill the memory
+MOST_EXPANSION = 100  # of a .gz file above that size; text shrinks 3 to 10 times
+MOST_COLUMNS = 1000
+LONGEST_TEXT = 2**20  # characters of a prompt or a response; longer rows are dropped, and counted
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file or a .gz of one; raises UserError for a line or an expansion beyond the limits."""
+    most = max(LONGEST_LINE, MOST_EXPANSION * path.stat().st_size)
+    read = 0
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+        while line := f.readline(LONGEST_LINE + 1):
+            read += len(line)
+            if len(line) > LONGEST_LINE:
+                raise UserError(f"{path} has a line of more than {LONGEST_LINE} bytes: split or remove it")
+            if read > most:
+                raise UserError(f"{path} expands to more than {most} bytes, too many for its size: unpack it yourself")
+            yield line.decode("utf-8-sig" if read == len(line) else "utf-8")  # spreadsheets put a mark before the first
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) for each line of a .jsonl or .jsonl.gz file."""
     number = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    value = json.loads(line)
-                    if not isinstance(value, dict):
-                        raise UserError(f"{path}, line {number}: expected a JSON object, got {type(value).__name__}")
-                    yield number, value
-    except json.JSONDecodeError as e:
-        raise UserError(
-            f"{path}, line {number}: not JSON ({e.msg} at column {e.colno}): repair or remove the line"
-        ) from e
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+        for number, line in enumerate(text_lines(path), 1):
+            if line.strip():
+                value = json.loads(line)
+                if not isinstance(value, dict):
+                    raise UserError(
+                        f"{path}, line {number}: expected a JSON object, got {type(value).__name__}: repair or remove "
+                        "the line"
+                    )
+                if "\\ud" in line.lower():
+                    json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair cannot be written
+                yield number, value
+    except UnicodeEncodeError as e:
+        raise UserError(f"{path}, line {number}: a lone surrogate is no text ({e.reason}): repair or remove it") from e
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         raise UserError(f"{path}, after line {number}: cannot be read ({e}): the file may be incomplete") from e
+    except (ValueError, RecursionError) as e:
+        reason = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
+        raise UserError(f"{path}, line {number}: not JSON ({reason}): repair or remove the line") from e
 
 
 def text_row(prompt: list[str], chosen: Any, rejected: Any, **values: Any) -> Row:
@@ -352,9 +419,16 @@ def prism_people(path: Path) -> dict[str, dict[str, str | None]]:
     for number, row in read_lines(path):
         if not isinstance(row.get("user_id"), str):
             raise UserError(f"{path}, line {number}: no user_id: download the file again")
+        if row["user_id"] in people:
+            raise UserError(f"{path}, line {number}: {row['user_id']} was there before: download the file again")
         nested = {"ethnicity": ("ethnicity", "simplified"), "region": ("location", "special_region")}
         person = {name: row.get(name) for name in ("age", "gender", "education", "employment_status")}
-        person |= {name: (row.get(outer) or {}).get(inner) for name, (outer, inner) in nested.items()}
+        try:
+            person |= {name: (row.get(outer) or {}).get(inner) for name, (outer, inner) in nested.items()}
+        except AttributeError:
+            raise UserError(
+                f"{path}, line {number}: ethnicity or location is no object: download the file again"
+            ) from None
         people[row["user_id"]] = person
     return people
 
@@ -430,11 +504,9 @@ def read_community_alignment(files: list[str], pairing: str, language: str) -> I
             *(f"{turn}_turn_response_{x}" for x in "abcd"),
             f"{turn}_turn_preferred_response",
         ]
-    for number, row in enumerate(read_table(path), 1):
+    for row in read_table(path):
         if missing := [name for name in needed if name not in row]:
             raise UserError(f"{path} lacks the column {missing[0]}: is this the Community Alignment CSV?")
-        if None in row or None in row.values():
-            raise UserError(f"{path}, row {number}: not as many fields as columns: download the file again")
         if language not in ("all", row["assigned_lang"]):
             yield dropped_row(f"language is not {language}")
             continue
@@ -474,15 +546,22 @@ def read_table(path: Path) -> Iterator[dict[str, Any]]:
         yield from (row for _, row in read_lines(path))
     elif path.suffix == ".csv":
         try:
-            csv.field_size_limit(2**26)  # 64 MiB: far above any answer, far below what would fill the memory
-            with open(path, encoding="utf-8", newline="") as f:
-                yield from csv.DictReader(f, strict=True)
+            csv.field_size_limit(LONGEST_LINE)
+            table = csv.DictReader(text_lines(path), strict=True)
+            if twice := [name for name, n in Counter(table.fieldnames or ()).items() if n > 1]:
+                raise UserError(f"{path} has the column {twice[0]} more than once: rename or remove one")
+            for number, row in enumerate(table, 1):
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"{path}, row {number}: not as many fields as columns: quote its commas, or fetch the file again"
+                    )
+                yield row
         except (OSError, UnicodeDecodeError, csv.Error) as e:
             raise UserError(f"{path} cannot be read as CSV ({e}): repair it, or convert it to .jsonl") from e
     else:
         try:
             yield from datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
-        except (OSError, ValueError, DatasetGenerationError) as e:
+        except (OSError, ValueError, ArrowException, DatasetGenerationError) as e:
             raise UserError(f"{path} cannot be read as Parquet ({e.__cause__ or e}): the file may be incomplete") from e
 
 
@@ -490,8 +569,7 @@ def read_local(files: list[str], attributes: list[str], annotator_column: str) -
     """A user's own table, texts to the letter; any column but those of COLUMNS is an attribute."""
     names = {"annotator": annotator_column, "conversation": "conversation"} | {name: name for name in attributes}
     for source in read_table(Path(files[0])):
-        row: Row = dict.fromkeys((*COLUMNS, *INTERNAL))
-        row |= {k: None if source.get(name) is None else str(source[name]) for k, name in names.items()}
+        row: Row = dict.fromkeys((*COLUMNS, *INTERNAL)) | {k: source.get(name) for k, name in names.items()}
         texts = {k: source.get(k) for k in ("prompt", "chosen", "rejected")}
         if all(isinstance(text, str) for text in texts.values()):
             yield row | texts
@@ -611,7 +689,9 @@ def read_preferences(
             raise UserError(f"--dataset {path} does not exist: pass {DATASETS}")
         columns: dict[str, None] = {}
         for row in read_table(path):
-            columns |= dict.fromkeys(k for k in row if k is not None)
+            columns |= dict.fromkeys(row)
+            if len(columns) > MOST_COLUMNS:
+                raise UserError(f"{path} has more than {MOST_COLUMNS} columns: keep those that are needed")
         needed = ["prompt", "chosen", "rejected", *([annotator_column] if annotator_column != "annotator" else [])]
         if missing := [c for c in needed if c not in columns]:
             found_columns = ", ".join(columns) or "no rows"
@@ -626,11 +706,13 @@ def read_preferences(
     features = {name: datasets.Value("string") for name in (*COLUMNS, *attributes, *INTERNAL)}
     features["turn"] = datasets.Value("int32")
     defaults = dict.fromkeys(features)
+    labels = ("annotator", "conversation", *attributes)
 
     def rows() -> Iterator[Row]:
         for row in reader(files, **options):
             if row["dropped"] is None:
                 row["dropped"] = unusable(row)
+            row |= {name: str(row[name]) for name in labels if row.get(name) is not None}
             yield defaults | row
 
     try:
@@ -646,6 +728,8 @@ def unusable(row: Row) -> str | None:
         return "empty prompt"
     if not (row["chosen"].strip() and row["rejected"].strip()):
         return "empty response"
+    if max(len(row[name]) for name in ("prompt", "chosen", "rejected")) > LONGEST_TEXT:
+        return f"text of more than {LONGEST_TEXT:,} characters"
     return "identical responses" if row["chosen"] == row["rejected"] else None
 
 
@@ -756,13 +840,11 @@ def load_tokenizer(model: str) -> Any:
     if model == "tiny":
         return byte_tokenizer()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"--model {model} has no tokenizer that loads ({str(e).splitlines()[0]})") from e
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as e:  # what malformed files make tokenizers raise goes up to bare Exception
+        raise UserError(f"model {model} has no tokenizer that loads ({first_line(e)}): save one beside it") from e
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"--model {model}: its tokenizer has no EOS token, so responses cannot end: set eos_token in it"
-        )
+        raise UserError(f"model {model}: its tokenizer has no EOS token, so responses cannot end: set eos_token in it")
     return tokenizer
 
 
@@ -782,9 +864,74 @@ def model_config(model: str) -> transformers.PretrainedConfig:
             pad_token_id=tokenizer.pad_token_id,
         )
     try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"--model {model} has no config.json that loads ({str(e).splitlines()[0]})") from e
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as e:  # as above: any wrong value in the file ends somewhere else in transformers
+        raise UserError(f"model {model} has no config.json that loads ({first_line(e)}): repair it") from e
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def stored_weights(model: Path) -> dict[str, int]:
+    """Number of values of each tensor in the safetensors files of a directory, from their headers alone."""
+    index = model / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if not (model / names[0]).is_file() and index.is_file():
+        shards = read_json(index).get("weight_map")
+        names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+        # A path could lead to any file of this machine, which hash_weights would not see either.
+        if outside := [name for name in names if Path(name).name != name]:
+            raise UserError(f"{index} names the shard {outside[0]!r}, not a file beside it: do not use this model")
+    sizes: dict[str, int] = {}
+    for path in [model / name for name in names]:
+        if not path.is_file():
+            raise UserError(
+                f"{path} does not exist: pass a model with all of its safetensors files (no others are read)"
+            )
+        try:
+            with safe_open(path, "numpy") as f:
+                sizes |= {name: math.prod(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{path} cannot be read ({e}): it may be incomplete, fetch it again") from e
+    return sizes
+
+
+def check_model(model: str, tokenizer: Any) -> tuple[transformers.PretrainedConfig, int]:
+    """(configuration, number of parameters) of a causal model; raises UserError before anything of its size is made.
+
+    Its config.json may ask for no more parameters than its weights hold, and weights are safetensors files beside it.
+    """
+    config = model_config(model)
+    text = config.get_text_config()
+    sizes = stored_weights(Path(model)) if model != "tiny" else {}
+    stored = sum(sizes.values())
+    if Path(model, "adapter_config.json").exists() or hasattr(config, "quantization_config"):
+        raise UserError(f"model {model} is an adapter or quantised: merge it into full weights, and pass these")
+    # Building modules on meta takes no memory, but time for each of them.
+    for name, value in text.to_dict().items() if sizes else ():
+        most = len(sizes) if name in ("num_hidden_layers", "n_layer") else stored
+        if name.startswith(("num_", "n_")) and isinstance(value, int) and value > most:
+            raise UserError(
+                f"model {model}: {name} {value} of config.json does not fit its weights ({most}): repair it"
+            )
+    try:
+        with torch.device("meta"):  # sdpa: a config.json can name code on the hub as its attention
+            network = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    except Exception as e:
+        raise UserError(f"model {model}: config.json describes no causal model ({first_line(e)}): repair it") from e
+    parameters = sum(p.numel() for p in network.parameters())
+    if sizes and parameters > stored:
+        raise UserError(
+            f"model {model}: config.json asks for {parameters:,} parameters, its weights hold {stored:,}: pass "
+            "files that belong together"
+        )
+    if text.vocab_size < len(tokenizer):
+        raise UserError(
+            f"model {model} has {text.vocab_size} tokens, the tokenizer {len(tokenizer)}: pass files that belong "
+            "together"
+        )
+    return config, parameters
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -835,15 +982,22 @@ class Pairs:
 def tokenize(
     rows: datasets.Dataset, tokenizer: Any, max_length: int, max_prompt_length: int
 ) -> tuple[Pairs, dict[str, int]]:
-    """Pairs ready to score, and what tokenisation and truncation did to them; identical and empty pairs are dropped."""
+    """Pairs ready to score, and what tokenisation and truncation did to them.
+
+    Identical and empty pairs are dropped; so are those whose text becomes a special token all the same: word and
+    unigram vocabularies hold them as ordinary entries.
+    """
     eos = [tokenizer.eos_token_id]
     # BOS only where the tokenizer's own convention puts one.
     start = tokenizer("")["input_ids"]
     bos = start[:1] if tokenizer.bos_token_id is not None and start[:1] == [tokenizer.bos_token_id] else []
+    control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
     def convert(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         parts = [encode(tokenizer, batch[name]) for name in ("prompt", "chosen", "rejected")]
-        out: dict[str, list[Any]] = {name: [] for name in ("prompts", "chosen", "rejected", "prompt_cut", "eos_lost")}
+        out: dict[str, list[Any]] = {
+            name: [] for name in ("prompts", "chosen", "rejected", "prompt_cut", "eos_lost", "control")
+        }
         for prompt, chosen, rejected in zip(*parts, strict=True):
             p, c, r = truncate(prompt, chosen + eos, rejected + eos, max_length, max_prompt_length, bos)
             out["prompts"].append(p)
@@ -851,6 +1005,7 @@ def tokenize(
             out["rejected"].append(r)
             out["prompt_cut"].append(len(p) < len(bos) + len(prompt))
             out["eos_lost"].append((len(c) <= len(chosen)) + (len(r) <= len(rejected)))
+            out["control"].append(not control.isdisjoint(itertools.chain(prompt, chosen, rejected)))
         return out
 
     backend = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else repr(tokenizer)
@@ -861,11 +1016,13 @@ def tokenize(
     columns = {name: encoded[name][:] for name in encoded.column_names}
     lost = columns["eos_lost"]
     counts = {"pairs": len(rows), "prompt_cut": sum(columns["prompt_cut"]), "response_cut": sum(map(bool, lost))}
-    counts |= {"eos_lost": sum(lost), "dropped_empty": 0, "dropped_identical": 0}
+    counts |= {"eos_lost": sum(lost), "dropped_control": 0, "dropped_empty": 0, "dropped_identical": 0}
     keep = []
     every = Pairs(columns["prompts"], columns["chosen"], columns["rejected"], list(range(len(rows))))
     for i, (prompt, chosen, rejected) in enumerate(zip(every.prompts, every.chosen, every.rejected, strict=True)):
-        if not prompt or eos in (chosen, rejected):
+        if columns["control"][i]:
+            counts["dropped_control"] += 1
+        elif not prompt or eos in (chosen, rejected):
             counts["dropped_empty"] += 1
         elif chosen == rejected:
             counts["dropped_identical"] += 1
@@ -1192,10 +1349,7 @@ def has_sft(config: Config, examples: list[Example], tokenizer: Any) -> bool:
             raise UserError(f"--sft-dir {path} does not fit ({differences(found, key)}): choose another directory")
     elif not (path / "config.json").exists():
         raise UserError(f"--sft-dir {path} is not a checkpoint (no config.json): choose an empty or a new directory")
-    elif (size := model_config(str(path)).vocab_size) < len(tokenizer):
-        raise UserError(
-            f"--sft-dir {path} has {size} tokens, the tokenizer of --model {len(tokenizer)}: they do not fit"
-        )
+    check_model(str(path), tokenizer)
     return True
 
 
@@ -1530,9 +1684,12 @@ def run(config: Config, world: World) -> None:
     with world.rank_zero_first():
         model = locate_model(config.model)
     tokenizer = load_tokenizer(model)
-    architecture = model_config(model)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(architecture).parameters())
+    architecture, parameters = check_model(model, tokenizer)
+    context = getattr(architecture.get_text_config(), "max_position_embeddings", None) or math.inf
+    if config.max_length > context:
+        raise UserError(
+            f"--max-length {config.max_length} is beyond the {context} positions of {config.model}: lower it"
+        )
     splits, report = prepare(config, tokenizer, world)
     updates = config.epochs * math.ceil(len(splits["train"]) / config.batch_size)
     strength = make_strength(config)
@@ -1585,9 +1742,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with start_processes() as world:
             run(config, world)
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: error: {e}", file=sys.stderr)
-        return 2
+        return report_error("train.py", e, argv)
     except torch.OutOfMemoryError as e:
         # Of whatever rank: the others only see that it is gone.
         print(f"train.py: out of memory: lower --micro-batch-tokens ({str(e).splitlines()[0]})", file=sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import evaluate
 import train
@@ -134,8 +134,11 @@ def test_batch_size_and_ranks(tmp_path):
 
 def policy(path: Path) -> str:
     finished_run(path)
-    (path / "policy").mkdir()
-    train.model_config("tiny").save_pretrained(path / "policy")
+    small = LlamaConfig(
+        vocab_size=258, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=1024,
+    )  # fmt: skip
+    LlamaForCausalLM(small).save_pretrained(path / "policy")
     train.byte_tokenizer().save_pretrained(path / "policy")
     return str(path / "policy")
 
