@@ -32,7 +32,6 @@ import os
 import random
 import re
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -77,6 +76,7 @@ from train import (
     start_processes,
     tokenize,
     uniform,
+    writable_directory,
     write_json,
     write_text,
 )
@@ -95,16 +95,6 @@ def reading(path: Path | str) -> Iterator[None]:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise UserError(f"{path} is not as it was written ({type(e).__name__}: {first_line(e)}): make it again") from e
-
-
-def output_directory(path: Path | str) -> Path:
-    """The directory, made if absent; raises UserError, before the work, where nothing can be written."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as e:
-        raise UserError(f"--output-dir {path} cannot be written ({e.strerror}): choose another directory") from e
-    return Path(path)
 
 
 def run_config(policy: Path) -> Config:
@@ -500,7 +490,7 @@ def connect(flag: str, url: str, model: str, key_env: str) -> Server:
     """The key is read from the environment here, and goes nowhere but into the client."""
     try:
         parts = urlsplit(url)
-        whole = bool((parts.hostname or "").encode("idna")) and (parts.port or 1) and url.isprintable()
+        whole = bool((parts.hostname or "").encode("idna")) and (parts.port or 1)
     except ValueError:
         parts, whole = urlsplit(""), False
     if not whole or parts.scheme not in ("http", "https") or " " in url:
@@ -793,7 +783,7 @@ def command_generate(args: argparse.Namespace, world: World) -> None:
     config = run_config(first)
     with world.rank_zero_first():
         prompts, tokens = held_out_prompts(config, str(first), args.prompts, args.seed)
-    output = output_directory(args.output_dir or first.parent / "answers")
+    output = writable_directory("--output-dir", Path(args.output_dir or first.parent / "answers"))
     for name, policy in policies.items():
         path = output / f"{name}.jsonl"
         settings = {
@@ -1024,7 +1014,7 @@ def command_judge(args: argparse.Namespace, world: World) -> None:
             )
     server = connect("--judge-url", args.judge_url, args.judge_model, args.key_env)
     runs = {path: saved_run(Path(path).with_suffix(".json")) for path in policies}
-    output = output_directory(args.output_dir or Path(args.policy[0]).parent / "judgements")
+    output = writable_directory("--output-dir", Path(args.output_dir or Path(args.policy[0]).parent / "judgements"))
     setting = {"model": args.judge_model, "url": args.judge_url, "template": template, "parameters": PARAMETERS}
     setting |= {"seed": args.seed, "both_orders": args.both_orders}
     withheld = []
@@ -1590,7 +1580,7 @@ def command_winrate(args: argparse.Namespace, world: World) -> None:
         return
     every = [read_judgements(path) for path in args.judgements]
     check_comparable(every)
-    output = output_directory(args.output_dir or Path(args.judgements[0]).parent)
+    output = writable_directory("--output-dir", Path(args.output_dir or Path(args.judgements[0]).parent))
     with world.bar(len(every), "rates", "policy") as bar:
         cells = [(table_cell(judged), bar.update())[0] for judged in every]
     comparisons = compare(every, cells)
@@ -1628,7 +1618,7 @@ def command_margins(args: argparse.Namespace, world: World) -> None:
                 raise UserError(
                     f"{directory} and {policies[0]} tokenise the pairs differently: they cannot be compared"
                 )
-    output = output_directory(args.output_dir or policies[0].parent / "margins")
+    output = writable_directory("--output-dir", Path(args.output_dir or policies[0].parent / "margins"))
     values = {}
     for name, directory in directories.items():
         model = load_policy(directory, world, pairs)
@@ -1697,7 +1687,7 @@ def command_figures(args: argparse.Namespace) -> None:
                 raise UserError(f"--runs {run} has no {name}: pass the --output-dir of a finished run")
         if not beta_history(run):
             raise UserError(f"--runs {run}: its metrics.jsonl is empty: pass the --output-dir of a finished run")
-    output = output_directory(args.output_dir)
+    output = writable_directory("--output-dir", Path(args.output_dir))
     drawn = []
     if args.margins:
         result = read_json(Path(args.margins))

@@ -34,6 +34,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 import zlib
@@ -155,6 +156,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
         self.add_argument("--debug", action="store_true", help="show where an error was raised, too")
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for word in sys.argv[1:] if args is None else args:
+            if not word.isprintable():  # bytes of another encoding could neither be written into a file nor printed
+                self.error(f"{word!r} holds characters that are no text: rename or retype it")
+            if max(map(len, word.encode().split(b"/"))) > 255:
+                self.error(f"{word[:40]}... is longer than a name can be (255 bytes): shorten it")
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; see --help")
 
@@ -263,6 +272,16 @@ def read_json(path: Path, kind: type = dict) -> Any:
     if not isinstance(value, kind):
         raise UserError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}: repair or remove it")
     return value
+
+
+def writable_directory(flag: str, path: Path) -> Path:
+    """The directory, made if absent; raises UserError, before the work, where nothing can be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as e:
+        raise UserError(f"{flag} {path} cannot be written ({e.strerror}): choose another directory") from e
+    return path
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -553,7 +572,8 @@ def read_table(path: Path) -> Iterator[dict[str, Any]]:
             for number, row in enumerate(table, 1):
                 if None in row or None in row.values():
                     raise UserError(
-                        f"{path}, row {number}: not as many fields as columns: quote its commas, or fetch the file again"
+                        f"{path}, row {number}: not as many fields as columns: quote its commas, or fetch the file "
+                        "again"
                     )
                 yield row
         except (OSError, UnicodeDecodeError, csv.Error) as e:
@@ -686,7 +706,7 @@ def read_preferences(
     elif Path(dataset).suffix in (".jsonl", ".csv", ".parquet"):
         path = Path(data_dir, dataset)
         if not path.is_file():
-            raise UserError(f"--dataset {path} does not exist: pass {DATASETS}")
+            raise UserError(f"--dataset {path} does not exist, or is no file: pass {DATASETS}")
         columns: dict[str, None] = {}
         for row in read_table(path):
             columns |= dict.fromkeys(row)
@@ -709,11 +729,14 @@ def read_preferences(
     labels = ("annotator", "conversation", *attributes)
 
     def rows() -> Iterator[Row]:
+        row = None
         for row in reader(files, **options):
             if row["dropped"] is None:
                 row["dropped"] = unusable(row)
             row |= {name: str(row[name]) for name in labels if row.get(name) is not None}
             yield defaults | row
+        if row is None:
+            raise UserError(f"--dataset {dataset}: no rows in {', '.join(files)}: pass files that hold some")
 
     try:
         return datasets.Dataset.from_generator(
@@ -1340,6 +1363,8 @@ def has_sft(config: Config, examples: list[Example], tokenizer: Any) -> bool:
     """Whether --sft-dir holds a checkpoint; refuses one of another model, data or recipe. Without sft.json it is the
     user's own, and taken as it is."""
     path = Path(config.sft_dir)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--sft-dir {path} is no directory: choose another")
     if not path.exists() or not any(path.iterdir()):
         return False
     key = sft_key(config, examples)
@@ -1651,6 +1676,10 @@ def train(
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
+def counted(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {n}" for reason, n in reasons.items()) or "none"
+
+
 def prepare(config: Config, tokenizer: Any, world: World) -> tuple[dict[str, Pairs], dict[str, Any]]:
     """Token pairs of the training and validation splits, and data.json."""
     with world.rank_zero_first():
@@ -1661,7 +1690,10 @@ def prepare(config: Config, tokenizer: Any, world: World) -> tuple[dict[str, Pai
         report: dict[str, Any] = {"dataset": config.dataset} | summary | {"tokenised": {}}
         for name, limit in (("train", config.max_pairs), ("validation", config.eval_pairs)):
             if not len(rows[name]):
-                raise UserError(f"the {name} split of --dataset {config.dataset} is empty: pass more data")
+                raise UserError(
+                    f"the {name} split of --dataset {config.dataset} is empty ({summary['rows_read']} rows read, dropped: "
+                    f"{counted(summary['rows_dropped'])}): pass more data"
+                )
             splits[name], report["tokenised"][name] = tokenize(
                 sample(rows[name], limit, config.seed), tokenizer, config.max_length, config.max_prompt_length
             )
@@ -1700,8 +1732,7 @@ def run(config: Config, world: World) -> None:
         f"{len(splits['validation'])} held out; {world.size} x {world.device.type}; "
         f"policy {config.policy_dtype}, reference {config.reference_dtype}"
     )
-    dropped = ", ".join(f"{reason} {n}" for reason, n in report["rows_dropped"].items()) or "none"
-    world.print(f"data: {report['rows_read']:,} rows, {report['split']}; dropped: {dropped}")
+    world.print(f"data: {report['rows_read']:,} rows, {report['split']}; dropped: {counted(report['rows_dropped'])}")
     for name, counts in report["tokenised"].items():
         world.print(f"tokens, {name}: " + ", ".join(f"{k.replace('_', ' ')} {n:,}" for k, n in counts.items()))
     examples = sft_examples(splits["train"])
@@ -1709,6 +1740,10 @@ def run(config: Config, world: World) -> None:
     dist.barrier()  # every rank has looked before rank 0 writes
     if world.rank == 0:
         claim_output_dir(config)
+        writable_directory("--sft-dir", Path(config.sft_dir).parent)
+        writable_directory("--reference-cache", Path(config.reference_cache).parent)
+        if Path(config.reference_cache).is_dir():
+            raise UserError(f"--reference-cache {config.reference_cache} is a directory: name a file")
         write_json(Path(config.output_dir) / "data.json", report)
     dist.barrier()
 
@@ -1731,6 +1766,7 @@ def run(config: Config, world: World) -> None:
 def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error it raises, too
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
