@@ -57,13 +57,13 @@ from train import (
     Parser,
     UserError,
     World,
+    brief,
     check_config,
     check_model,
     check_sharing,
     data_options,
     differences,
     digest,
-    first_line,
     hash_weights,
     load_preferences,
     load_tokenizer,
@@ -89,12 +89,12 @@ DASHES = ("-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 3)), (0, (1, 1)))  #
 
 
 @contextlib.contextmanager
-def reading(path: Path | str) -> Iterator[None]:
+def reading(path: Path | str, remedy: str = "make it again") -> Iterator[None]:
     """Values that cannot be used are laid to the file they come from, which only a change from outside explains."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
-        raise UserError(f"{path} is not as it was written ({type(e).__name__}: {first_line(e)}): make it again") from e
+        raise UserError(f"{path} is not as it was written ({type(e).__name__}: {brief(e)}): {remedy}") from e
 
 
 def run_config(policy: Path) -> Config:
@@ -114,7 +114,7 @@ def run_config(policy: Path) -> Config:
     try:
         return check_config(Config(**values))
     except UserError as e:
-        raise UserError(f"{path} is not as it was written ({e})") from e
+        raise UserError(f"{path} is not as it was written ({e}): restore it") from e
 
 
 def held_out_pairs(config: Config, policy: Path, count: int, seed: int) -> tuple[Pairs, datasets.Dataset]:
@@ -136,7 +136,7 @@ def group_labels(rows: datasets.Dataset, by: Sequence[str] | None) -> dict[str, 
     for name in known if by is None else by:
         parts = name.split("+")
         if unknown := [part for part in parts if part not in known]:
-            raise UserError(f"--by {name}: no attribute {unknown[0]} (there are: {', '.join(known) or 'none'})")
+            raise UserError(f"--by {name}: no attribute {unknown[0]}: choose from {', '.join(known) or 'none'}")
         columns = zip(*(rows[part] for part in parts), strict=True)
         labels[name] = [None if None in values else " & ".join(map(str, values)) for values in columns]
     return {name: values for name, values in labels.items() if set(values) != {None}}
@@ -149,7 +149,7 @@ def load_policy(path: Path, world: World, pairs: Pairs | None = None) -> nn.Modu
             path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"{path} cannot be loaded ({first_line(e)}): make it again") from e
+        raise UserError(f"{path} cannot be loaded ({brief(e)}): make it again") from e
     model = model.eval().to(world.device)
     if pairs:
         check_sharing(model, pairs, world)
@@ -321,6 +321,7 @@ def load_pyplot() -> Any:
 
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.fonttype": "none"}
     plt.rcParams |= {"axes.prop_cycle": plt.cycler(color=COLORS), "savefig.bbox": "tight", "savefig.dpi": 150}
+    plt.rcParams |= {"text.parse_math": False}  # a label such as $20,000 to $40,000 is no formula
     return plt
 
 
@@ -608,7 +609,7 @@ def read_whole_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file of ours; a line that an interruption cut short counts as not written."""
     found = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
             if not isinstance(found[-1], dict):  # half an object is never whole JSON
                 raise UserError(f"{path} holds a line that is no JSON object ({line[:40]!r}): remove it")
@@ -1435,7 +1436,7 @@ def place_of(run: dict[str, Any], policy: str) -> dict[str, Any]:
 
 def read_judgements(path: str) -> dict[str, Any]:
     judged = read_json(Path(path))
-    try:
+    with reading(path, "pass a NAME-vs-NAME.json that `judge` wrote"):
         rows = judged["rows"]
         values: dict[str, Any] = {k: [r[k] for r in rows] for k in ("id", "cluster", "kind", "baseline_hash")}
         texts = [
@@ -1450,10 +1451,6 @@ def read_judgements(path: str) -> dict[str, Any]:
         for name in ("policy_length", "baseline_length"):
             values[name] = checked(name, [r[name] for r in rows], high=2**53)
         place = place_of(judged["run"], judged["policy"])
-    except (LookupError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(
-            f"{path} holds no judgements ({first_line(e)}): pass a NAME-vs-NAME.json that `judge` wrote"
-        ) from e
     return {k: judged[k] for k in ("policy", "baseline", "run", "judge")} | values | place | {"path": path}
 
 
@@ -1519,7 +1516,7 @@ def compare(every: list[dict[str, Any]], cells: list[dict[str, Any]]) -> list[di
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+    return "\n".join("| " + " | ".join(map(printable, row)) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -234,7 +234,9 @@ def check_config(config: Config) -> Config:
             f"{config.max_length}: at least {2 * config.max_length}"
         )
     if config.samples > 2**16:
-        raise UserError(f"--samples {config.samples} draws for every pair of a batch fill the memory: at most {2**16}")
+        raise UserError(
+            f"--samples {config.samples} draws for every pair of a batch fill the memory: choose {2**16} or fewer"
+        )
     if not 1e-100 < config.demo_heterogeneity < 1e100 and config.demo_heterogeneity:
         raise UserError(f"--demo-heterogeneity must be 0 or in (1e-100, 1e100), got {config.demo_heterogeneity}")
     strength = make_strength(config)
@@ -711,7 +713,7 @@ def read_preferences(
         for row in read_table(path):
             columns |= dict.fromkeys(row)
             if len(columns) > MOST_COLUMNS:
-                raise UserError(f"{path} has more than {MOST_COLUMNS} columns: keep those that are needed")
+                raise UserError(f"{path} has more than {MOST_COLUMNS} columns: remove those that are not needed")
         needed = ["prompt", "chosen", "rejected", *([annotator_column] if annotator_column != "annotator" else [])]
         if missing := [c for c in needed if c not in columns]:
             found_columns = ", ".join(columns) or "no rows"
@@ -862,10 +864,11 @@ def locate_model(model: str) -> str:
 def load_tokenizer(model: str) -> Any:
     if model == "tiny":
         return byte_tokenizer()
+    model_config(model)  # which the tokenizer reads, too
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as e:  # what malformed files make tokenizers raise goes up to bare Exception
-        raise UserError(f"model {model} has no tokenizer that loads ({first_line(e)}): save one beside it") from e
+        raise UserError(f"model {model} has no tokenizer that loads ({brief(e)}): save one beside it") from e
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {model}: its tokenizer has no EOS token, so responses cannot end: set eos_token in it")
     return tokenizer
@@ -889,29 +892,28 @@ def model_config(model: str) -> transformers.PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as e:  # as above: any wrong value in the file ends somewhere else in transformers
-        raise UserError(f"model {model} has no config.json that loads ({first_line(e)}): repair it") from e
+        raise UserError(f"model {model} has no config.json that loads ({brief(e)}): repair it") from e
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def brief(error: Exception) -> str:
+    return " ".join((str(error).strip() or type(error).__name__).split())[:300]
 
 
 def stored_weights(model: Path) -> dict[str, int]:
     """Number of values of each tensor in the safetensors files of a directory, from their headers alone."""
-    index = model / "model.safetensors.index.json"
     names = ["model.safetensors"]
-    if not (model / names[0]).is_file() and index.is_file():
-        shards = read_json(index).get("weight_map")
-        names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+    if not (model / names[0]).is_file() and (index := model / "model.safetensors.index.json").is_file():
+        shards = read_json(index)
+        if not all(isinstance(shards.get(part), dict) and shards[part] for part in ("metadata", "weight_map")):
+            raise UserError(f"{index} has no metadata or weight_map: fetch the model again")
+        names = sorted(set(map(str, shards["weight_map"].values())))
         # A path could lead to any file of this machine, which hash_weights would not see either.
-        if outside := [name for name in names if Path(name).name != name]:
-            raise UserError(f"{index} names the shard {outside[0]!r}, not a file beside it: do not use this model")
+        if outside := [name for name in names if Path(name).name != name or Path(name).suffix != ".safetensors"]:
+            raise UserError(f"{index} names {outside[0]!r}, no safetensors file beside it: do not use this model")
     sizes: dict[str, int] = {}
     for path in [model / name for name in names]:
         if not path.is_file():
-            raise UserError(
-                f"{path} does not exist: pass a model with all of its safetensors files (no others are read)"
-            )
+            raise UserError(f"{path} does not exist: pass a model with all its safetensors files (no others are read)")
         try:
             with safe_open(path, "numpy") as f:
                 sizes |= {name: math.prod(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
@@ -927,13 +929,16 @@ def check_model(model: str, tokenizer: Any) -> tuple[transformers.PretrainedConf
     """
     config = model_config(model)
     text = config.get_text_config()
-    sizes = stored_weights(Path(model)) if model != "tiny" else {}
-    stored = sum(sizes.values())
+    if model == "tiny":
+        sizes, stored = {}, math.inf
+    else:
+        sizes = stored_weights(Path(model))
+        stored = sum(sizes.values())
     if Path(model, "adapter_config.json").exists() or hasattr(config, "quantization_config"):
         raise UserError(f"model {model} is an adapter or quantised: merge it into full weights, and pass these")
     # Building modules on meta takes no memory, but time for each of them.
-    for name, value in text.to_dict().items() if sizes else ():
-        most = len(sizes) if name in ("num_hidden_layers", "n_layer") else stored
+    for name, value in text.to_dict().items():
+        most = len(sizes) if sizes and name in ("num_hidden_layers", "n_layer") else stored
         if name.startswith(("num_", "n_")) and isinstance(value, int) and value > most:
             raise UserError(
                 f"model {model}: {name} {value} of config.json does not fit its weights ({most}): repair it"
@@ -942,9 +947,9 @@ def check_model(model: str, tokenizer: Any) -> tuple[transformers.PretrainedConf
         with torch.device("meta"):  # sdpa: a config.json can name code on the hub as its attention
             network = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     except Exception as e:
-        raise UserError(f"model {model}: config.json describes no causal model ({first_line(e)}): repair it") from e
+        raise UserError(f"model {model}: config.json describes no causal model ({brief(e)}): repair it") from e
     parameters = sum(p.numel() for p in network.parameters())
-    if sizes and parameters > stored:
+    if parameters > stored:
         raise UserError(
             f"model {model}: config.json asks for {parameters:,} parameters, its weights hold {stored:,}: pass "
             "files that belong together"
@@ -1691,8 +1696,8 @@ def prepare(config: Config, tokenizer: Any, world: World) -> tuple[dict[str, Pai
         for name, limit in (("train", config.max_pairs), ("validation", config.eval_pairs)):
             if not len(rows[name]):
                 raise UserError(
-                    f"the {name} split of --dataset {config.dataset} is empty ({summary['rows_read']} rows read, dropped: "
-                    f"{counted(summary['rows_dropped'])}): pass more data"
+                    f"the {name} split of --dataset {config.dataset} is empty ({summary['rows_read']} rows read, "
+                    f"dropped: {counted(summary['rows_dropped'])}): pass more data"
                 )
             splits[name], report["tokenised"][name] = tokenize(
                 sample(rows[name], limit, config.seed), tokenizer, config.max_length, config.max_prompt_length
