@@ -57,6 +57,9 @@ from train import (
     Parser,
     UserError,
     World,
+    brief,
+    check_config,
+    check_model,
     check_sharing,
     data_options,
     differences,
@@ -67,13 +70,16 @@ from train import (
     micro_batch_tokens,
     model_config,
     pretrained,
+    printable,
     quiet_libraries,
     read_json,
     read_lines,
+    report_error,
     score_all,
     start_processes,
     tokenize,
     uniform,
+    writable_directory,
     write_json,
     write_text,
 )
@@ -83,6 +89,15 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 3)), (0, (1, 1)))  # curves that coincide stay visible
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def reading(path: Path | str, remedy: str = "make it again") -> Iterator[None]:
+    """Values that cannot be used are laid to the file they come from, which only a change from outside explains."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        raise UserError(f"{path} is not as it was written ({type(e).__name__}: {brief(e)}): {remedy}") from e
 
 
 def run_config(policy: Path) -> Config:
@@ -95,8 +110,14 @@ def run_config(policy: Path) -> Config:
     values = read_json(path)
     known = {f.name for f in dataclasses.fields(Config)}
     if set(values) != known:
-        raise UserError(f"{path} is not the config.json of a run (differs in {', '.join(sorted(known ^ set(values)))})")
-    return Config(**values)
+        raise UserError(
+            f"{path} is not the config.json of a run (differs in {', '.join(sorted(known ^ set(values)))}): pass the "
+            "policy/ of a run of this version"
+        )
+    try:
+        return check_config(Config(**values))
+    except UserError as e:
+        raise UserError(f"{path} is not as it was written ({e}): restore it") from e
 
 
 def held_out_pairs(config: Config, policy: Path, count: int, seed: int) -> tuple[Pairs, datasets.Dataset]:
@@ -118,7 +139,7 @@ def group_labels(rows: datasets.Dataset, by: Sequence[str] | None) -> dict[str, 
     for name in known if by is None else by:
         parts = name.split("+")
         if unknown := [part for part in parts if part not in known]:
-            raise UserError(f"--by {name}: no attribute {unknown[0]} (there are: {', '.join(known) or 'none'})")
+            raise UserError(f"--by {name}: no attribute {unknown[0]}: choose from {', '.join(known) or 'none'}")
         columns = zip(*(rows[part] for part in parts), strict=True)
         labels[name] = [None if None in values else " & ".join(map(str, values)) for values in columns]
     return {name: values for name, values in labels.items() if set(values) != {None}}
@@ -256,6 +277,7 @@ def cell(entry: Estimate | None) -> str:
 
 
 def columns_of(rows: Sequence[tuple[str, ...]]) -> str:
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -296,6 +318,7 @@ def load_pyplot() -> Any:
 
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.fonttype": "none"}
     plt.rcParams |= {"axes.prop_cycle": plt.cycler(color=COLORS), "savefig.bbox": "tight", "savefig.dpi": 150}
+    plt.rcParams |= {"text.parse_math": False}  # a label such as $20,000 to $40,000 is no formula
     return plt
 
 
@@ -310,10 +333,10 @@ def save_figure(figure: Any, path: Path) -> None:
 
 def beta_history(run: Path) -> dict[str, list[float]]:
     """examples, mean, variance and cv of the strength over training, from metrics.jsonl; empty if there is none."""
-    path = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    lines = read_whole_lines(path := run / "metrics.jsonl")
     names = {"examples": "examples"} | {name: f"beta/{name}" for name in ("mean", "variance", "cv")}
-    return {name: [line[key] for line in lines] for name, key in names.items()} if lines else {}
+    with reading(path):
+        return {name: [float(line[key]) for line in lines] for name, key in names.items()} if lines else {}
 
 
 def color_of(names: Sequence[str]) -> dict[str, str]:
@@ -410,10 +433,13 @@ def draw_densities(runs: dict[str, Path], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(4.5, 2.8), layout="constrained")
     beta = np.linspace(1e-3, 0.5, 500)
     for i, (name, run) in enumerate(runs.items()):
-        learned = read_json(run / "strength.json")
-        family, color = learned["family"], COLORS[i % len(COLORS)]
-        if family != "dpo":
+        color = COLORS[i % len(COLORS)]
+        with reading(run / "strength.json"):
+            learned = read_json(run / "strength.json")
+            if (family := learned["family"]) == "dpo":
+                continue
             axis.plot(beta, density(family, learned, beta), color=color, label=name)
+        with reading(run / "config.json"):
             axis.plot(beta, density(family, read_json(run / "config.json"), beta), color=color, linestyle=":")
     axis.set(xlabel="beta", ylabel="density (dotted: initial)", xlim=(0, 0.5), ylim=(0, None))
     if axis.lines:
@@ -428,6 +454,9 @@ ATTEMPTS = 8
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds, of the exponential backoff
 LONGEST_RETRY_AFTER = 300.0  # seconds that a server may ask for; beyond them the request is given up
 TIMEOUT = 120.0  # seconds
+LONGEST_ANSWER = 2**20  # bytes
+NO_KEY = "no-key"
+SHORTEST_SECRET = 8  # characters; shorter keys are the dummies of local servers, and would be found in any text
 
 
 class Lost(Exception):
@@ -457,17 +486,38 @@ def load_openai() -> Any:
 
 def connect(flag: str, url: str, model: str, key_env: str) -> Server:
     """The key is read from the environment here, and goes nowhere but into the client."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise UserError(f"{flag} {url!r} is not a URL: pass one such as http://127.0.0.1:8000/v1")
+    try:
+        parts = urlsplit(url)
+        whole = bool((parts.hostname or "").encode("idna")) and (parts.port or 1)
+    except ValueError:
+        parts, whole = urlsplit(""), False
+    if not whole or parts.scheme not in ("http", "https") or " " in url:
+        shown = "" if "@" in url else f" {url!r}"  # what is before an @ may be a password
+        raise UserError(f"{flag}{shown} is not a URL: pass one such as http://127.0.0.1:8000/v1")
     if "@" in parts.netloc or parts.query:
         raise UserError(f"{flag} must hold no credentials, as it is saved: put the key into {key_env}")
     key = os.environ.get(key_env)
     if not key and key_env != "OPENAI_API_KEY":
         raise UserError(f"--key-env {key_env} is not set or empty in the environment: export it")
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        # The client would send it, and quote it in its error.
+        raise UserError(f"--key-env {key_env} holds blanks or other characters that no key has: export it again")
     # Its own retries are off: they are not counted, stop at 8 s, and do not cover a truncated answer.
-    client = load_openai().OpenAI(base_url=url, api_key=key or "none", max_retries=0, timeout=TIMEOUT)
+    client = load_openai().OpenAI(base_url=url, api_key=key or NO_KEY, max_retries=0, timeout=TIMEOUT)
     return Server(client, url, model, key_env)
+
+
+def without_key(server: Server, text: str) -> str:
+    """For what a server says, which may be the key that it was sent."""
+    key = server.client.api_key
+    return text.replace(key, "(key)") if len(key) >= SHORTEST_SECRET else text
+
+
+def answer_text(server: Server, text: str) -> str:
+    """An answer as it may be saved; raises ValueError for one that is too long or cannot be written as UTF-8."""
+    if len(text.encode()) > LONGEST_ANSWER:
+        raise ValueError(f"more than {LONGEST_ANSWER} bytes")
+    return without_key(server, text)
 
 
 def retry_after(value: str | None) -> float:
@@ -475,8 +525,10 @@ def retry_after(value: str | None) -> float:
     try:
         return float(value or 0)
     except ValueError:
-        date = parsedate_tz(value)
-        return mktime_tz(date) - time.time() if date else 0.0
+        with contextlib.suppress(ValueError, OverflowError):  # of a date that does not exist
+            if date := parsedate_tz(value):
+                return mktime_tz(date) - time.time()
+        return 0.0
 
 
 def ask(server: Server, send: Callable[[], Any], read: Callable[[Any], Any]) -> Any:
@@ -498,7 +550,7 @@ def ask(server: Server, send: Callable[[], Any], read: Callable[[Any], Any]) -> 
             return answer
         except openai.APIStatusError as e:
             reason = f"status {e.status_code}"
-            message = " ".join(e.message.replace(server.client.api_key, "(key)").split())[:300]
+            message = printable(" ".join(without_key(server, e.message).split()))[:300]
             if e.status_code in (401, 403, 404) or e.code == "insufficient_quota":
                 server.stop.set()
                 raise UserError(
@@ -517,8 +569,9 @@ def ask(server: Server, send: Callable[[], Any], read: Callable[[Any], Any]) -> 
             reason = "connection"
             if attempt >= 3 and not server.answered:
                 server.stop.set()
-                raise UserError(f"{server.url} cannot be reached ({e.__cause__ or e}): is the server up?") from None
-        except (openai.APIError, ValueError, TypeError, AttributeError, IndexError):
+                reason = without_key(server, str(e.__cause__ or e))
+                raise UserError(f"{server.url} cannot be reached ({reason}): is the server up?") from None
+        except (openai.APIError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
             reason = "unreadable answer"
         with server.lock:
             server.calls[reason] += 1
@@ -553,8 +606,10 @@ def read_whole_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file of ours; a line that an interruption cut short counts as not written."""
     found = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
+            if not isinstance(found[-1], dict):  # half an object is never whole JSON
+                raise UserError(f"{path} holds a line that is no JSON object ({line[:40]!r}): remove it")
     return found
 
 
@@ -604,11 +659,13 @@ def policy_name(policy: Path) -> str:
     return policy.absolute().parent.name + ("" if policy.name == "policy" else f"-{policy.name}")
 
 
-def check_policy(policy: Path) -> None:
+def check_policy(policy: Path) -> Any:
+    """Its configuration; raises UserError for what is no model that can be loaded."""
     if not (policy / "config.json").is_file():
         raise UserError(
             f"--policy {policy} is not a model directory (no config.json): pass the policy/ or sft/ of a run"
         )
+    return check_model(str(policy), load_tokenizer(str(policy)))[0]
 
 
 def policy_run(policy: Path) -> dict[str, Any]:
@@ -621,6 +678,15 @@ def policy_run(policy: Path) -> dict[str, Any]:
 def parts_of(path: Path) -> list[Path]:
     """What each rank has written so far of the answers that will be `path`."""
     return sorted(p for p in path.parent.iterdir() if p.name.startswith(f"{path.name}.part"))
+
+
+def answers_in(part: Path) -> dict[str, dict[str, Any]]:
+    """What a part holds, by prompt."""
+    with reading(part):
+        rows = {row["id"]: row for row in read_whole_lines(part)}
+        if not all(isinstance(row["output"], str) for row in rows.values()):
+            raise ValueError("an output is no text")
+    return rows
 
 
 def answer(model: Any, tokenizer: Any, prompts: list[list[int]], settings: dict[str, Any], number: int) -> list[str]:
@@ -654,12 +720,12 @@ def answer_here(
     """Appends the missing answers to this rank's part. Batches do not depend on the ranks or on what is missing."""
     tokenizer = load_tokenizer(str(policy))
     # The first token may be BOS.
-    limit = getattr(model_config(str(policy)), "max_position_embeddings", 2**30) - settings["max_new_tokens"]
+    limit = getattr(check_policy(policy), "max_position_embeddings", 2**30) - settings["max_new_tokens"]
     cut = [t if len(t) <= limit else t[:1] + t[1 - limit :] for t in tokens]
     world.print(f"{settings['generator']}: {sum(len(t) > limit for t in tokens)} prompts cut to {limit} tokens")
     order = sorted(range(len(prompts)), key=lambda i: (-len(cut[i]), i))
     batches = [order[i : i + settings["batch_size"]] for i in range(0, len(order), settings["batch_size"])]
-    done = {row["id"] for path in parts_of(part.parent / part.stem) for row in read_whole_lines(path)}
+    done = {id for path in parts_of(part.parent / part.stem) for id in answers_in(path)}
     torch.distributed.barrier()  # every rank has looked before one writes
     model = load_policy(policy, world)
     with world.bar(len(batches), settings["generator"], "batch") as bar, appending(part) as append:
@@ -676,7 +742,7 @@ def answer_there(
     server: Server, prompts: list[dict[str, Any]], settings: dict[str, Any], part: Path, concurrency: int, world: World
 ) -> dict[str, str]:
     """Appends the missing answers, from a server that has the policy; why some were lost."""
-    done = {row["id"] for path in parts_of(part.parent / part.stem) for row in read_whole_lines(path)}
+    done = {id for path in parts_of(part.parent / part.stem) for id in answers_in(path)}
     with appending(part) as append:
 
         def task(prompt: dict[str, Any]) -> None:
@@ -689,7 +755,7 @@ def answer_there(
                     temperature=settings["temperature"],
                     seed=int(digest(settings["seed"], prompt["id"]), 16) % 2**31,
                 ),
-                lambda completion: completion.choices[0].text.strip(),
+                lambda completion: answer_text(server, completion.choices[0].text.strip()),
             )
             append(prompt | {"output": text, "generator": settings["generator"]})
 
@@ -698,17 +764,13 @@ def answer_there(
 
 
 def command_generate(args: argparse.Namespace, world: World) -> None:
-    for name in ("prompts", "max_new_tokens", "batch_size", "concurrency"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if not (math.isfinite(args.temperature) and args.temperature >= 0):
         raise UserError(f"--temperature must be finite and >= 0 (0: greedy), got {args.temperature}")
     policies = {policy_name(Path(p)): Path(p) for p in args.policy}
     if len(policies) < len(args.policy):
         raise UserError(f"--policy: two directories would both be called one of {', '.join(policies)}: rename a run")
     for policy in policies.values():
-        check_policy(policy)
-        context = getattr(model_config(str(policy)), "max_position_embeddings", 2**30)
+        context = getattr(check_policy(policy), "max_position_embeddings", 2**30)
         if context <= args.max_new_tokens:
             raise UserError(
                 f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt: {policy} has {context}"
@@ -719,8 +781,7 @@ def command_generate(args: argparse.Namespace, world: World) -> None:
     config = run_config(first)
     with world.rank_zero_first():
         prompts, tokens = held_out_prompts(config, str(first), args.prompts, args.seed)
-    output = Path(args.output_dir or first.parent / "answers")
-    output.mkdir(parents=True, exist_ok=True)
+    output = writable_directory("--output-dir", Path(args.output_dir or first.parent / "answers"))
     for name, policy in policies.items():
         path = output / f"{name}.jsonl"
         settings = {
@@ -752,7 +813,7 @@ def command_generate(args: argparse.Namespace, world: World) -> None:
             lost = answer_there(servers[name], prompts, settings, part, args.concurrency, world)
         if world.rank == 0:
             parts = parts_of(path)
-            rows = {row["id"]: row for p in parts for row in read_whole_lines(p)}
+            rows = {id: row for p in parts for id, row in answers_in(p).items()}
             if lost or len(rows) < len(prompts):
                 raise UserError(
                     f"{len(prompts) - len(rows)} of {len(prompts)} answers are missing ({reasons(lost)}): run the same "
@@ -785,18 +846,15 @@ TEMPLATE = [
 ]
 PLACEHOLDERS = ("instruction", "first", "second")
 PARAMETERS = {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 5}
+LONGEST_NAME = 200  # characters that are saved of what a judge says
 LEAST_MASS = 0.9  # on the two identifiers, below which a judgement is counted and warned of
 
 
 def load_template(path: str | None) -> list[dict[str, str]]:
     """Messages with {instruction}, {first} and {second}; from a JSON file, or ours."""
-    template = read_json(Path(path)) if path else TEMPLATE
-    if not (
-        isinstance(template, list)
-        and all(
-            isinstance(m, dict) and {k: type(v) for k, v in m.items()} == {"role": str, "content": str}
-            for m in template
-        )
+    template = read_json(Path(path), list) if path else TEMPLATE
+    if not all(
+        isinstance(m, dict) and {k: type(v) for k, v in m.items()} == {"role": str, "content": str} for m in template
     ):
         raise UserError(f'--template {path} must be a JSON list of {{"role": "...", "content": "..."}}: correct it')
     for name in PLACEHOLDERS:
@@ -816,40 +874,60 @@ def fill(template: list[dict[str, str]], values: dict[str, str]) -> list[dict[st
     return [{"role": m["role"], "content": re.sub(pattern, value, m["content"])} for m in template]
 
 
-def read_judgement(completion: Any) -> dict[str, Any]:
+def read_judgement(completion: Any, server: Server) -> dict[str, Any]:
     """preference in [1, 2] of what was shown second (as M) over what was shown first (as m), and how it was found.
 
     From the first token's top log-probs: 2 - p(m) / (p(m) + p(M)); without them, or without either identifier among
-    them, from the text ("hard"). Raises Lost for a text that is neither.
+    them, from the text ("hard"). Raises Lost for a text that is neither, ValueError or TypeError for what is no
+    completion.
     """
     choice = completion.choices[0]
-    text = choice.message.content or ""
+    text = answer_text(server, choice.message.content or "")
     first = choice.logprobs.content[0].top_logprobs if choice.logprobs and choice.logprobs.content else []
     p = {"m": 0.0, "M": 0.0}
     for candidate in first:
         if (token := candidate.token.strip()) in p:
             p[token] += math.exp(candidate.logprob)
     mass = sum(p.values())
+    if not mass <= 1.01:
+        raise ValueError(f"the probability of m and M is {mass}")
     usage = completion.usage
     record = {
-        "text": text,
+        "text": text[:LONGEST_NAME],
         "mass": mass if first else None,
-        "model": completion.model,
-        "fingerprint": getattr(completion, "system_fingerprint", None),
-        "prompt_tokens": usage.prompt_tokens if usage else 0,
-        "completion_tokens": usage.completion_tokens if usage else 0,
+        "model": answer_text(server, str(completion.model))[:LONGEST_NAME],
+        "fingerprint": answer_text(server, str(getattr(completion, "system_fingerprint", None) or ""))[:LONGEST_NAME],
+        "prompt_tokens": usage.prompt_tokens or 0 if usage else 0,
+        "completion_tokens": usage.completion_tokens or 0 if usage else 0,
     }
     if mass > 0:
-        return {"preference": 2 - p["m"] / mass, "kind": "log-probs"} | record
+        return checked_judgement({"preference": 2 - p["m"] / mass, "kind": "log-probs"} | record)
     if (label := text.strip().strip("\"'`*.:()")) in p:
-        return {"preference": 1.0 if label == "m" else 2.0, "kind": "hard"} | record
+        return checked_judgement({"preference": 1.0 if label == "m" else 2.0, "kind": "hard"} | record)
     raise Lost(f"the judge answered {text[:20]!r}, neither m nor M")
+
+
+def checked_judgement(row: dict[str, Any]) -> dict[str, Any]:
+    """The row; raises ValueError, TypeError or LookupError unless it can be averaged, added up and shown."""
+    counts = [row[name] for name in ("prompt_tokens", "completion_tokens")]
+    if not (1 <= row["preference"] <= 2 and row["kind"] in ("log-probs", "hard")):
+        raise ValueError(f"preference {row['preference']!r}, kind {row['kind']!r}")
+    if not all(type(n) is int and 0 <= n < 2**53 for n in counts):
+        raise ValueError(f"token counts {counts}"[:LONGEST_NAME])
+    if not all(isinstance(row[name] or "", str) for name in ("model", "fingerprint")):
+        raise ValueError("model or fingerprint is no text")
+    if not 0 <= (row["mass"] or 0) <= 1.01:
+        raise ValueError(f"mass {row['mass']!r}")
+    return row
 
 
 def judge_once(server: Server, messages: list[dict[str, str]]) -> dict[str, Any]:
     def send(hard: bool) -> Any:
         parameters = {k: v for k, v in PARAMETERS.items() if not (hard and "logprobs" in k)}
         return server.client.chat.completions.create(model=server.model, messages=messages, **parameters)
+
+    def read(completion: Any) -> dict[str, Any]:
+        return read_judgement(completion, server)
 
     def say(why: str) -> None:
         with server.lock:
@@ -859,7 +937,7 @@ def judge_once(server: Server, messages: list[dict[str, str]]) -> dict[str, Any]
 
     if not server.hard:
         try:
-            judgement = ask(server, lambda: send(False), read_judgement)
+            judgement = ask(server, lambda: send(False), read)
             if judgement["mass"] is None:
                 say(f"{server.url} gives no log-probs")
             return judgement
@@ -867,7 +945,7 @@ def judge_once(server: Server, messages: list[dict[str, str]]) -> dict[str, Any]
             if "logprob" not in str(e):
                 raise
             say(f"{server.url} refuses log-probs ({e})")
-    return ask(server, lambda: send(True), read_judgement)
+    return ask(server, lambda: send(True), read)
 
 
 def read_outputs(path: str) -> dict[str, dict[str, Any]]:
@@ -879,6 +957,9 @@ def read_outputs(path: str) -> dict[str, dict[str, Any]]:
         for name in ("instruction", "output"):
             if not isinstance(row.get(name), str):
                 raise UserError(f"{path}, line {number}: {name} is not a string: pass a file that `generate` wrote")
+        for name in ("id", "cluster"):
+            if not isinstance(row.get(name), str | None):
+                raise UserError(f"{path}, line {number}: {name} is not a string: pass a file that `generate` wrote")
         if (name := row.get("id") or digest(row["instruction"])) in rows:
             raise UserError(f"{path}, line {number}: this prompt was there before: remove one of the two")
         rows[name] = row
@@ -887,11 +968,20 @@ def read_outputs(path: str) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def saved_run(path: Path) -> dict[str, Any]:
+    """The run of a policy from the settings that `generate` left beside its answers; empty without them."""
+    run = read_json(path).get("run", {}) if path.is_file() else {}
+    with reading(path):
+        place_of(run, path.stem)
+    return run
+
+
 def judge_policy(
     server: Server, requests: dict[str, list[dict[str, str]]], cache: Path, concurrency: int, world: World
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """(judgements by key, those of the cache among them; why the others were lost)."""
-    known = {row["key"]: row for row in read_whole_lines(cache)}
+    with reading(cache):
+        known = {row["key"]: checked_judgement(row) for row in read_whole_lines(cache)}
     with appending(cache) as append:
 
         def task(key: str) -> None:
@@ -906,8 +996,8 @@ def judge_policy(
 def command_judge(args: argparse.Namespace, world: World) -> None:
     if world.rank:
         return
-    if args.concurrency < 1:
-        raise UserError(f"--concurrency must be at least 1, got {args.concurrency}")
+    if args.prices and not all(0 <= price < math.inf for price in args.prices):
+        raise UserError(f"--prices must be finite and >= 0, got {args.prices[0]} {args.prices[1]}")
     template = load_template(args.template)
     baseline = read_outputs(args.baseline)
     policies = {path: read_outputs(path) for path in args.policy}
@@ -921,7 +1011,8 @@ def command_judge(args: argparse.Namespace, world: World) -> None:
                 "generate both with the same --prompts and --seed"
             )
     server = connect("--judge-url", args.judge_url, args.judge_model, args.key_env)
-    output = Path(args.output_dir or Path(args.policy[0]).parent / "judgements")
+    runs = {path: saved_run(Path(path).with_suffix(".json")) for path in policies}
+    output = writable_directory("--output-dir", Path(args.output_dir or Path(args.policy[0]).parent / "judgements"))
     setting = {"model": args.judge_model, "url": args.judge_url, "template": template, "parameters": PARAMETERS}
     setting |= {"seed": args.seed, "both_orders": args.both_orders}
     withheld = []
@@ -944,14 +1035,13 @@ def command_judge(args: argparse.Namespace, world: World) -> None:
             judged_row(name, answers[name], baseline[name], [(judgements.get(k), s) for k, s in wanted[name]])
             for name in answers
         ]
-        saved = Path(path).with_suffix(".json")
         generator, other = (Path(name).stem for name in (path, args.baseline))
         answered_by = sorted({f"{j['model']} {j['fingerprint'] or ''}".strip() for j in judgements.values()})
         tokens = {k: sum(j[k] for j in judgements.values()) for k in ("prompt_tokens", "completion_tokens")}
         result = {
             "policy": generator,
             "baseline": other,
-            "run": read_json(saved).get("run", {}) if saved.is_file() else {},
+            "run": runs[path],
             "judge": setting | {"answered_by": answered_by},
             "tokens": tokens,
             "usd": np.dot([*tokens.values()], args.prices) / 1e6 if args.prices else None,
@@ -1334,19 +1424,31 @@ NOTES = (
 )
 
 
+def place_of(run: dict[str, Any], policy: str) -> dict[str, Any]:
+    """Where a run's rates stand in the table: its row (method, beta LR) and its column (data, model)."""
+    lr = run.get("beta_lr") if run.get("dist") != "dpo" else None
+    row = (METHODS.get(run.get("dist", ""), policy), f"{lr:g}" if lr else "—")
+    return {"row": row, "column": f"{Path(run['dataset']).stem}, {Path(run['model']).name}" if run else "—"}
+
+
 def read_judgements(path: str) -> dict[str, Any]:
     judged = read_json(Path(path))
-    try:
-        run, rows = judged["run"], judged["rows"]
+    with reading(path, "pass a NAME-vs-NAME.json that `judge` wrote"):
+        rows = judged["rows"]
         values: dict[str, Any] = {k: [r[k] for r in rows] for k in ("id", "cluster", "kind", "baseline_hash")}
-        values |= {k: np.array([r[k] for r in rows], float) for k in ("preference", "policy_length", "baseline_length")}
-        names = {k: judged[k] for k in ("policy", "baseline", "run", "judge")}
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path} holds no judgements: pass a NAME-vs-NAME.json that `judge` wrote") from e
-    lr = run.get("beta_lr") if run.get("dist") != "dpo" else None
-    row = (METHODS.get(run.get("dist", ""), judged["policy"]), f"{lr:g}" if lr else "—")
-    column = f"{Path(run['dataset']).stem}, {Path(run['model']).name}" if run else "—"
-    return names | values | {"path": path, "row": row, "column": column}
+        texts = [
+            judged["policy"],
+            judged["baseline"],
+            *judged["judge"]["answered_by"],
+            *itertools.chain(*values.values()),
+        ]
+        if not (rows and all(isinstance(text, str) for text in texts)):
+            raise ValueError("no rows, or a name that is no text")
+        values["preference"] = checked("preference", [r["preference"] for r in rows], low=1, high=2)
+        for name in ("policy_length", "baseline_length"):
+            values[name] = checked(name, [r[name] for r in rows], high=2**53)
+        place = place_of(judged["run"], judged["policy"])
+    return {k: judged[k] for k in ("policy", "baseline", "run", "judge")} | values | place | {"path": path}
 
 
 def check_comparable(every: list[dict[str, Any]]) -> None:
@@ -1411,7 +1513,7 @@ def compare(every: list[dict[str, Any]], cells: list[dict[str, Any]]) -> list[di
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+    return "\n".join("| " + " | ".join(map(printable, row)) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -1472,11 +1574,11 @@ def command_winrate(args: argparse.Namespace, world: World) -> None:
         return
     every = [read_judgements(path) for path in args.judgements]
     check_comparable(every)
+    output = writable_directory("--output-dir", Path(args.output_dir or Path(args.judgements[0]).parent))
     with world.bar(len(every), "rates", "policy") as bar:
         cells = [(table_cell(judged), bar.update())[0] for judged in every]
     comparisons = compare(every, cells)
     text = render(cells, comparisons)
-    output = Path(args.output_dir or Path(args.judgements[0]).parent)
     judge = every[0]["judge"] | {"answered_by": sorted({who for j in every for who in j["judge"]["answered_by"]})}
     write_json(output / "winrate.json", {"notes": NOTES, "judge": judge, "cells": cells, "comparisons": comparisons})
     write_text(output / "winrate.md", text)
@@ -1489,9 +1591,9 @@ def command_winrate(args: argparse.Namespace, world: World) -> None:
 
 def command_margins(args: argparse.Namespace, world: World) -> None:
     load_pyplot()
-    if args.pairs < 2:
-        raise UserError(f"--pairs must be at least 2, got {args.pairs}")
     policies = [Path(p) for p in args.policy]
+    if len(set(policies)) < len(policies):
+        raise UserError(f"--policy {' '.join(args.policy)}: one directory is given twice: leave one out")
     names = [str(p.parent.name) for p in policies]
     if len(set(names)) < len(names) or "baseline" in names:
         names = [str(p) for p in policies]
@@ -1500,9 +1602,8 @@ def command_margins(args: argparse.Namespace, world: World) -> None:
     if args.baseline:
         directories["baseline"] = Path(args.baseline)
     for directory in directories.values():
-        if not (directory / "config.json").is_file():
-            raise UserError(f"{directory} is not a model directory (no config.json): pass the policy/ or sft/ of a run")
-        model_config(str(directory))
+        check_policy(directory)
+    history = {name: beta_history(d.parent) for name, d in directories.items() if name != "baseline"}
     with world.rank_zero_first():
         pairs, rows = held_out_pairs(config, policies[0], args.pairs, args.seed)
         labels = group_labels(rows, args.by)
@@ -1511,6 +1612,7 @@ def command_margins(args: argparse.Namespace, world: World) -> None:
                 raise UserError(
                     f"{directory} and {policies[0]} tokenise the pairs differently: they cannot be compared"
                 )
+    output = writable_directory("--output-dir", Path(args.output_dir or policies[0].parent / "margins"))
     values = {}
     for name, directory in directories.items():
         model = load_policy(directory, world, pairs)
@@ -1547,10 +1649,9 @@ def command_margins(args: argparse.Namespace, world: World) -> None:
         "worst": worst,
         "rows": pairs.rows,
         "values": {name: {kind: v.tolist() for kind, v in kinds.items()} for name, kinds in values.items()},
-        "strength": {name: beta_history(d.parent) for name, d in directories.items() if name != "baseline"},
+        "strength": history,
     }
     if world.rank == 0:
-        output = Path(args.output_dir or policies[0].parent / "margins")
         write_json(output / "margins.json", result)
         draw_margins(result, output / "margins")
         print(
@@ -1573,12 +1674,16 @@ def command_margins(args: argparse.Namespace, world: World) -> None:
 
 def command_figures(args: argparse.Namespace) -> None:
     load_pyplot()
-    output = Path(args.output_dir)
     runs = {Path(run).name: Path(run) for run in args.runs}
+    if len(runs) < len(args.runs):
+        raise UserError(f"--runs {' '.join(args.runs)}: two directories have one name: rename one")
     for run in runs.values():
         for name in ("config.json", "metrics.jsonl", "strength.json"):
             if not (run / name).is_file():
                 raise UserError(f"--runs {run} has no {name}: pass the --output-dir of a finished run")
+        if not beta_history(run):
+            raise UserError(f"--runs {run}: its metrics.jsonl is empty: pass the --output-dir of a finished run")
+    output = writable_directory("--output-dir", Path(args.output_dir))
     drawn = []
     if args.margins:
         result = read_json(Path(args.margins))
@@ -1586,11 +1691,12 @@ def command_figures(args: argparse.Namespace) -> None:
             raise UserError(f"--margins {args.margins} was not written by evaluate.py margins: pass its margins.json")
         kind = "per_token" if args.per_token else "sum"
         for key, label in (("subgroup_margins", "preference margin"), ("subgroup_gains", "gain over the baseline")):
-            entries = result[key].get(kind)
-            if entries:
-                names = list(next(iter(entries.values()))["micro"])
-                draw_subgroups(entries, names, f"{label} (nats, {kind.replace('_', ' ')}, 95 % interval)", output / key)
-                drawn.append(key)
+            with reading(args.margins):
+                if entries := result[key].get(kind):
+                    names = list(next(iter(entries.values()))["micro"])
+                    title = f"{label} (nats, {kind.replace('_', ' ')}, 95 % interval)"
+                    draw_subgroups(entries, names, title, output / key)
+                    drawn.append(key)
     if runs:
         draw_strength(runs, output / "strength")
         draw_densities(runs, output / "densities")
@@ -1602,7 +1708,7 @@ def command_figures(args: argparse.Namespace) -> None:
 
 def add_win_rate_commands(commands: Any) -> None:
     def add(name: str, run: Callable[..., None], help: str) -> Any:
-        command = commands.add_parser(name, help=help, allow_abbrev=False)
+        command = commands.add_parser(name, help=help)
         command.set_defaults(run=run)
         return command.add_argument
 
@@ -1645,15 +1751,15 @@ def common(flag: Any, url: str) -> None:
     flag("--key-env", default="OPENAI_API_KEY", metavar="NAME", help=f"variable that holds the key for {url}")
 
 
+HUGE = 2**62
+RANGES = {"pairs": (2, HUGE), "prompts": (1, HUGE), "seed": (0, HUGE), "micro_batch_tokens": (1, HUGE)}
+RANGES |= {"min_group": (1, HUGE), "max_new_tokens": (1, HUGE), "batch_size": (1, HUGE), "concurrency": (1, 1000)}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="evaluate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="evaluate.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    command = commands.add_parser("margins", help="preference margins on held-out pairs", allow_abbrev=False)
+    command = commands.add_parser("margins", help="preference margins on held-out pairs")
     command.add_argument("--policy", nargs="+", required=True, metavar="DIR", help="policy/ directories of runs")
     command.add_argument("--baseline", metavar="DIR", help="a policy/ or sft/ directory to compare with")
     command.add_argument("--pairs", type=int, default=425, help="held-out pairs (default: 425, as in the paper)")
@@ -1664,7 +1770,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--min-group", type=int, default=20, help="smaller subgroups are marked (default: 20 pairs)")
     command.add_argument("--per-token", action="store_true", help="print subgroups per token; the JSON has both")
     command.set_defaults(run=command_margins)
-    command = commands.add_parser("figures", help="the paper's figures from saved files", allow_abbrev=False)
+    command = commands.add_parser("figures", help="the paper's figures from saved files")
     command.add_argument("--margins", metavar="FILE", help="a margins.json")
     command.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="output directories of train.py")
     command.add_argument("--per-token", action="store_true", help="margins per token")
@@ -1673,6 +1779,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_win_rate_commands(commands)
     try:
         args = parser.parse_args(argv)
+        for name, (least, most) in RANGES.items():
+            if not least <= (value := getattr(args, name, least)) <= most:
+                bound = f"at least {least}" if value < least else f"at most {most}"
+                raise UserError(f"--{name.replace('_', '-')} must be {bound}, got {value}")
         quiet_libraries()
         if args.run is command_figures:
             command_figures(args)
@@ -1680,9 +1790,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with start_processes() as world:
                 args.run(args, world)
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"evaluate.py: error: {e}", file=sys.stderr)
-        return 2
+        return report_error("evaluate.py", e, argv)
     return 0
 
 

@@ -37,8 +37,11 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
+import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,6 +56,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowException
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -185,14 +189,38 @@ LOCATION_FLAGS = ("output_dir", "sft_dir", "reference_cache", "data_dir", "prese
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        self.add_argument("--debug", action="store_true", help="show where an error was raised, too")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for word in sys.argv[1:] if args is None else args:
+            if not word.isprintable():  # bytes of another encoding could neither be written into a file nor printed
+                self.error(f"{word!r} holds characters that are no text: rename or retype it")
+            if max(map(len, word.encode().split(b"/"))) > 255:
+                self.error(f"{word[:40]}... is longer than a name can be (255 bytes): shorten it")
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; see --help")
 
 
+def printable(text: str) -> str:
+    """Text from outside on one line: what would break it, or steer a terminal, is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def report_error(program: str, error: UserError, argv: Sequence[str] | None) -> int:
+    """Prints a mistake as one line, after its traceback with --debug; returns the exit status."""
+    if os.environ.get("RANK", "0") == "0":
+        if "--debug" in (sys.argv if argv is None else argv):
+            traceback.print_exception(error)
+        print(f"{program}: {'' if error.status == 75 else 'error: '}{printable(str(error))}", file=sys.stderr)
+    return error.status
+
+
 def parse_config(argv: Sequence[str] | None = None) -> Config:
-    parser = Parser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(prog="train.py", description=__doc__)
     for f in dataclasses.fields(Config):
         kind: dict[str, Any] = {"type": f.type, "metavar": getattr(f.type, "__name__", "").upper()}
         if get_origin(f.type) is Literal:
@@ -203,7 +231,9 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     preset = parser.parse_args(argv).preset
     parser.set_defaults(**PRESETS[preset])
-    config = Config(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    del values["debug"]
+    config = Config(**values)
     name = f"{Path(config.model).name}-{Path(config.dataset).stem}-{config.dist}"
     output_dir = config.output_dir or f"runs/{name}"
     return check_config(
@@ -219,11 +249,18 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
 def check_config(config: Config) -> Config:
     for f in dataclasses.fields(Config):
         value, bound = getattr(config, f.name), f.metadata["bound"]
+        if get_origin(f.type) is Literal:
+            fits = value in get_args(f.type)
+        else:  # a config.json may write 1 for 1.0
+            fits = type(value) is f.type or (f.type is float and type(value) is int)
+        if not fits:
+            raise UserError(f"--{f.name.replace('_', '-')} {value!r} is not of its type: see --help")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             inside = {"> 0": value > 0, ">= 0": value >= 0, "": True}[bound]
-            if not (math.isfinite(value) and inside):
+            size = "finite" if f.type is float else "below 2**63"
+            if not (abs(value) < (math.inf if f.type is float else 2**63) and inside):
                 raise UserError(
-                    f"--{f.name.replace('_', '-')} must be finite{' and ' * bool(bound)}{bound}, got {value}"
+                    f"--{f.name.replace('_', '-')} must be {size}{' and ' * bool(bound)}{bound}, got {value}"
                 )
     if config.max_prompt_length >= config.max_length:
         raise UserError(
@@ -234,6 +271,19 @@ def check_config(config: Config) -> Config:
         raise UserError(
             f"--micro-batch-tokens {config.micro_batch_tokens} cannot hold one pair of --max-length "
             f"{config.max_length}: at least {2 * config.max_length}, or 0 to choose it from memory"
+        )
+    if config.samples > 2**16:
+        raise UserError(
+            f"--samples {config.samples} draws for every pair of a batch fill the memory: choose {2**16} or fewer"
+        )
+    if not 1e-100 < config.demo_heterogeneity < 1e100 and config.demo_heterogeneity:
+        raise UserError(f"--demo-heterogeneity must be 0 or in (1e-100, 1e100), got {config.demo_heterogeneity}")
+    strength = make_strength(config)
+    mean, variance = strength.mean.item(), strength.variance.item()
+    if not (0 < mean < math.inf and variance < math.inf):
+        raise UserError(
+            f"{strength} has mean {mean:g} and variance {variance:g} in float32, which have to be finite and > 0: give "
+            "less extreme parameters"
         )
     return config
 
@@ -270,11 +320,24 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, kind: type = dict) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({e}): remove it, or point to another directory") from e
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} cannot be read ({e}): repair or remove it, or name another") from e
+    if not isinstance(value, kind):
+        raise UserError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}: repair or remove it")
+    return value
+
+
+def writable_directory(flag: str, path: Path) -> Path:
+    """The directory, made if absent; raises UserError, before the work, where nothing can be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as e:
+        raise UserError(f"{flag} {path} cannot be written ({e.strerror}): choose another directory") from e
+    return path
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -336,23 +399,48 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 Row = dict[str, Any]
 
 
+LONGEST_LINE = 2**26  # bytes of a line or a CSV field: far above any answer, far below what would fill the memory
+MOST_EXPANSION = 100  # of a .gz file above that size; text shrinks 3 to 10 times
+MOST_COLUMNS = 1000
+LONGEST_TEXT = 2**20  # characters of a prompt or a response; longer rows are dropped, and counted
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file or a .gz of one; raises UserError for a line or an expansion beyond the limits."""
+    most = max(LONGEST_LINE, MOST_EXPANSION * path.stat().st_size)
+    read = 0
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+        while line := f.readline(LONGEST_LINE + 1):
+            read += len(line)
+            if len(line) > LONGEST_LINE:
+                raise UserError(f"{path} has a line of more than {LONGEST_LINE} bytes: split or remove it")
+            if read > most:
+                raise UserError(f"{path} expands to more than {most} bytes, too many for its size: unpack it yourself")
+            yield line.decode("utf-8-sig" if read == len(line) else "utf-8")  # spreadsheets put a mark before the first
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) for each line of a .jsonl or .jsonl.gz file."""
     number = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    value = json.loads(line)
-                    if not isinstance(value, dict):
-                        raise UserError(f"{path}, line {number}: expected a JSON object, got {type(value).__name__}")
-                    yield number, value
-    except json.JSONDecodeError as e:
-        raise UserError(
-            f"{path}, line {number}: not JSON ({e.msg} at column {e.colno}): repair or remove the line"
-        ) from e
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+        for number, line in enumerate(text_lines(path), 1):
+            if line.strip():
+                value = json.loads(line)
+                if not isinstance(value, dict):
+                    raise UserError(
+                        f"{path}, line {number}: expected a JSON object, got {type(value).__name__}: repair or remove "
+                        "the line"
+                    )
+                if "\\ud" in line.lower():
+                    json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair cannot be written
+                yield number, value
+    except UnicodeEncodeError as e:
+        raise UserError(f"{path}, line {number}: a lone surrogate is no text ({e.reason}): repair or remove it") from e
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         raise UserError(f"{path}, after line {number}: cannot be read ({e}): the file may be incomplete") from e
+    except (ValueError, RecursionError) as e:
+        reason = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
+        raise UserError(f"{path}, line {number}: not JSON ({reason}): repair or remove the line") from e
 
 
 def text_row(prompt: list[str], chosen: Any, rejected: Any, **values: Any) -> Row:
@@ -417,9 +505,16 @@ def prism_people(path: Path) -> dict[str, dict[str, str | None]]:
     for number, row in read_lines(path):
         if not isinstance(row.get("user_id"), str):
             raise UserError(f"{path}, line {number}: no user_id: download the file again")
+        if row["user_id"] in people:
+            raise UserError(f"{path}, line {number}: {row['user_id']} was there before: download the file again")
         nested = {"ethnicity": ("ethnicity", "simplified"), "region": ("location", "special_region")}
         person = {name: row.get(name) for name in ("age", "gender", "education", "employment_status")}
-        person |= {name: (row.get(outer) or {}).get(inner) for name, (outer, inner) in nested.items()}
+        try:
+            person |= {name: (row.get(outer) or {}).get(inner) for name, (outer, inner) in nested.items()}
+        except AttributeError:
+            raise UserError(
+                f"{path}, line {number}: ethnicity or location is no object: download the file again"
+            ) from None
         people[row["user_id"]] = person
     return people
 
@@ -495,11 +590,9 @@ def read_community_alignment(files: list[str], pairing: str, language: str) -> I
             *(f"{turn}_turn_response_{x}" for x in "abcd"),
             f"{turn}_turn_preferred_response",
         ]
-    for number, row in enumerate(read_table(path), 1):
+    for row in read_table(path):
         if missing := [name for name in needed if name not in row]:
             raise UserError(f"{path} lacks the column {missing[0]}: is this the Community Alignment CSV?")
-        if None in row or None in row.values():
-            raise UserError(f"{path}, row {number}: not as many fields as columns: download the file again")
         if language not in ("all", row["assigned_lang"]):
             yield dropped_row(f"language is not {language}")
             continue
@@ -539,15 +632,23 @@ def read_table(path: Path) -> Iterator[dict[str, Any]]:
         yield from (row for _, row in read_lines(path))
     elif path.suffix == ".csv":
         try:
-            csv.field_size_limit(2**26)  # 64 MiB: far above any answer, far below what would fill the memory
-            with open(path, encoding="utf-8", newline="") as f:
-                yield from csv.DictReader(f, strict=True)
+            csv.field_size_limit(LONGEST_LINE)
+            table = csv.DictReader(text_lines(path), strict=True)
+            if twice := [name for name, n in Counter(table.fieldnames or ()).items() if n > 1]:
+                raise UserError(f"{path} has the column {twice[0]} more than once: rename or remove one")
+            for number, row in enumerate(table, 1):
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"{path}, row {number}: not as many fields as columns: quote its commas, or fetch the file "
+                        "again"
+                    )
+                yield row
         except (OSError, UnicodeDecodeError, csv.Error) as e:
             raise UserError(f"{path} cannot be read as CSV ({e}): repair it, or convert it to .jsonl") from e
     else:
         try:
             yield from datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
-        except (OSError, ValueError, DatasetGenerationError) as e:
+        except (OSError, ValueError, ArrowException, DatasetGenerationError) as e:
             raise UserError(f"{path} cannot be read as Parquet ({e.__cause__ or e}): the file may be incomplete") from e
 
 
@@ -555,8 +656,7 @@ def read_local(files: list[str], attributes: list[str], annotator_column: str) -
     """A user's own table, texts to the letter; any column but those of COLUMNS is an attribute."""
     names = {"annotator": annotator_column, "conversation": "conversation"} | {name: name for name in attributes}
     for source in read_table(Path(files[0])):
-        row: Row = dict.fromkeys((*COLUMNS, *INTERNAL))
-        row |= {k: None if source.get(name) is None else str(source[name]) for k, name in names.items()}
+        row: Row = dict.fromkeys((*COLUMNS, *INTERNAL)) | {k: source.get(name) for k, name in names.items()}
         texts = {k: source.get(k) for k in ("prompt", "chosen", "rejected")}
         if all(isinstance(text, str) for text in texts.values()):
             yield row | texts
@@ -673,10 +773,12 @@ def read_preferences(
     elif Path(dataset).suffix in (".jsonl", ".csv", ".parquet"):
         path = Path(data_dir, dataset)
         if not path.is_file():
-            raise UserError(f"--dataset {path} does not exist: pass {DATASETS}")
+            raise UserError(f"--dataset {path} does not exist, or is no file: pass {DATASETS}")
         columns: dict[str, None] = {}
         for row in read_table(path):
-            columns |= dict.fromkeys(k for k in row if k is not None)
+            columns |= dict.fromkeys(row)
+            if len(columns) > MOST_COLUMNS:
+                raise UserError(f"{path} has more than {MOST_COLUMNS} columns: remove those that are not needed")
         needed = ["prompt", "chosen", "rejected", *([annotator_column] if annotator_column != "annotator" else [])]
         if missing := [c for c in needed if c not in columns]:
             found_columns = ", ".join(columns) or "no rows"
@@ -691,12 +793,17 @@ def read_preferences(
     features = {name: datasets.Value("string") for name in (*COLUMNS, *attributes, *INTERNAL)}
     features["turn"] = datasets.Value("int32")
     defaults = dict.fromkeys(features)
+    labels = ("annotator", "conversation", *attributes)
 
     def rows() -> Iterator[Row]:
+        row = None
         for row in reader(files, **options):
             if row["dropped"] is None:
                 row["dropped"] = unusable(row)
+            row |= {name: str(row[name]) for name in labels if row.get(name) is not None}
             yield defaults | row
+        if row is None:
+            raise UserError(f"--dataset {dataset}: no rows in {', '.join(files)}: pass files that hold some")
 
     try:
         return datasets.Dataset.from_generator(
@@ -711,6 +818,8 @@ def unusable(row: Row) -> str | None:
         return "empty prompt"
     if not (row["chosen"].strip() and row["rejected"].strip()):
         return "empty response"
+    if max(len(row[name]) for name in ("prompt", "chosen", "rejected")) > LONGEST_TEXT:
+        return f"text of more than {LONGEST_TEXT:,} characters"
     return "identical responses" if row["chosen"] == row["rejected"] else None
 
 
@@ -820,14 +929,13 @@ def locate_model(model: str) -> str:
 def load_tokenizer(model: str) -> Any:
     if model == "tiny":
         return byte_tokenizer()
+    model_config(model)  # which the tokenizer reads, too
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"--model {model} has no tokenizer that loads ({str(e).splitlines()[0]})") from e
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as e:  # what malformed files make tokenizers raise goes up to bare Exception
+        raise UserError(f"model {model} has no tokenizer that loads ({brief(e)}): save one beside it") from e
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"--model {model}: its tokenizer has no EOS token, so responses cannot end: set eos_token in it"
-        )
+        raise UserError(f"model {model}: its tokenizer has no EOS token, so responses cannot end: set eos_token in it")
     return tokenizer
 
 
@@ -847,9 +955,80 @@ def model_config(model: str) -> transformers.PretrainedConfig:
             pad_token_id=tokenizer.pad_token_id,
         )
     try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"--model {model} has no config.json that loads ({str(e).splitlines()[0]})") from e
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as e:  # as above: any wrong value in the file ends somewhere else in transformers
+        raise UserError(f"model {model} has no config.json that loads ({brief(e)}): repair it") from e
+    # It could name a kernel on the hub, which is code; and no other kind takes a mask for each row.
+    if (attention := config._attn_implementation) not in (None, "sdpa", "eager"):
+        raise UserError(f"model {model}: config.json asks for the attention {attention!r}: remove it, or write sdpa")
+    return config
+
+
+def brief(error: Exception) -> str:
+    return " ".join((str(error).strip() or type(error).__name__).split())[:300]
+
+
+def stored_weights(model: Path) -> dict[str, int]:
+    """Number of values of each tensor in the safetensors files of a directory, from their headers alone."""
+    names = ["model.safetensors"]
+    if not (model / names[0]).is_file() and (index := model / "model.safetensors.index.json").is_file():
+        shards = read_json(index)
+        if not all(isinstance(shards.get(part), dict) and shards[part] for part in ("metadata", "weight_map")):
+            raise UserError(f"{index} has no metadata or weight_map: fetch the model again")
+        names = sorted(set(map(str, shards["weight_map"].values())))
+        # A path could lead to any file of this machine, which hash_weights would not see either.
+        if outside := [name for name in names if Path(name).name != name or Path(name).suffix != ".safetensors"]:
+            raise UserError(f"{index} names {outside[0]!r}, no safetensors file beside it: do not use this model")
+    sizes: dict[str, int] = {}
+    for path in [model / name for name in names]:
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: pass a model with all its safetensors files (no others are read)")
+        try:
+            with safe_open(path, "numpy") as f:
+                sizes |= {name: math.prod(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{path} cannot be read ({e}): it may be incomplete, fetch it again") from e
+    return sizes
+
+
+def check_model(model: str, tokenizer: Any) -> tuple[transformers.PretrainedConfig, int]:
+    """(configuration, number of parameters) of a causal model; raises UserError before anything of its size is made.
+
+    Its config.json may ask for no more parameters than its weights hold, and weights are safetensors files beside it.
+    """
+    config = model_config(model)
+    text = config.get_text_config()
+    if model == "tiny":
+        sizes, stored = {}, math.inf
+    else:
+        sizes = stored_weights(Path(model))
+        stored = sum(sizes.values())
+    if Path(model, "adapter_config.json").exists() or hasattr(config, "quantization_config"):
+        raise UserError(f"model {model} is an adapter or quantised: merge it into full weights, and pass these")
+    # Building modules on meta takes no memory, but time for each of them.
+    for name, value in text.to_dict().items():
+        most = len(sizes) if sizes and name in ("num_hidden_layers", "n_layer") else stored
+        if name.startswith(("num_", "n_")) and isinstance(value, int) and value > most:
+            raise UserError(
+                f"model {model}: {name} {value} of config.json does not fit its weights ({most}): repair it"
+            )
+    try:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as e:
+        raise UserError(f"model {model}: config.json describes no causal model ({brief(e)}): repair it") from e
+    parameters = sum(p.numel() for p in network.parameters())
+    if parameters > stored:
+        raise UserError(
+            f"model {model}: config.json asks for {parameters:,} parameters, its weights hold {stored:,}: pass "
+            "files that belong together"
+        )
+    if text.vocab_size < len(tokenizer):
+        raise UserError(
+            f"model {model} has {text.vocab_size} tokens, the tokenizer {len(tokenizer)}: pass files that belong "
+            "together"
+        )
+    return config, parameters
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -905,15 +1084,22 @@ class Pairs:
 def tokenize(
     rows: datasets.Dataset, tokenizer: Any, max_length: int, max_prompt_length: int
 ) -> tuple[Pairs, dict[str, int]]:
-    """Pairs ready to score, and what tokenisation and truncation did to them; identical and empty pairs are dropped."""
+    """Pairs ready to score, and what tokenisation and truncation did to them.
+
+    Identical and empty pairs are dropped; so are those whose text becomes a special token all the same: word and
+    unigram vocabularies hold them as ordinary entries.
+    """
     eos = [tokenizer.eos_token_id]
     # BOS only where the tokenizer's own convention puts one.
     start = tokenizer("")["input_ids"]
     bos = start[:1] if tokenizer.bos_token_id is not None and start[:1] == [tokenizer.bos_token_id] else []
+    control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
     def convert(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         parts = [encode(tokenizer, batch[name]) for name in ("prompt", "chosen", "rejected")]
-        out: dict[str, list[Any]] = {name: [] for name in ("prompts", "chosen", "rejected", "prompt_cut", "eos_lost")}
+        out: dict[str, list[Any]] = {
+            name: [] for name in ("prompts", "chosen", "rejected", "prompt_cut", "eos_lost", "control")
+        }
         for prompt, chosen, rejected in zip(*parts, strict=True):
             p, c, r = truncate(prompt, chosen + eos, rejected + eos, max_length, max_prompt_length, bos)
             out["prompts"].append(p)
@@ -921,6 +1107,7 @@ def tokenize(
             out["rejected"].append(r)
             out["prompt_cut"].append(len(p) < len(bos) + len(prompt))
             out["eos_lost"].append((len(c) <= len(chosen)) + (len(r) <= len(rejected)))
+            out["control"].append(not control.isdisjoint(itertools.chain(prompt, chosen, rejected)))
         return out
 
     backend = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else repr(tokenizer)
@@ -931,11 +1118,13 @@ def tokenize(
     columns = {name: encoded[name][:] for name in encoded.column_names}
     lost = columns["eos_lost"]
     counts = {"pairs": len(rows), "prompt_cut": sum(columns["prompt_cut"]), "response_cut": sum(map(bool, lost))}
-    counts |= {"eos_lost": sum(lost), "dropped_empty": 0, "dropped_identical": 0}
+    counts |= {"eos_lost": sum(lost), "dropped_control": 0, "dropped_empty": 0, "dropped_identical": 0}
     keep = []
     every = Pairs(columns["prompts"], columns["chosen"], columns["rejected"], list(range(len(rows))))
     for i, (prompt, chosen, rejected) in enumerate(zip(every.prompts, every.chosen, every.rejected, strict=True)):
-        if not prompt or eos in (chosen, rejected):
+        if columns["control"][i]:
+            counts["dropped_control"] += 1
+        elif not prompt or eos in (chosen, rejected):
             counts["dropped_empty"] += 1
         elif chosen == rejected:
             counts["dropped_identical"] += 1
@@ -1222,7 +1411,9 @@ def pretrained(model: str, seed: int = 0) -> nn.Module:
     if model == "tiny":
         return AutoModelForCausalLM.from_config(model_config(model), dtype=torch.float32).eval()
     try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            model, config=model_config(model), dtype=torch.float32, use_safetensors=True
+        ).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise UserError(f"model {model} cannot be loaded ({str(e).splitlines()[0]})") from e
 
@@ -1472,6 +1663,8 @@ def has_sft(config: Config, examples: list[Example], tokenizer: Any) -> bool:
     """Whether --sft-dir holds a checkpoint; refuses one of another model, data or recipe. Without sft.json it is the
     user's own, and taken as it is."""
     path = Path(config.sft_dir)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--sft-dir {path} is no directory: choose another")
     if not path.exists() or not any(path.iterdir()):
         return False
     key = sft_key(config, examples)
@@ -1481,10 +1674,7 @@ def has_sft(config: Config, examples: list[Example], tokenizer: Any) -> bool:
             raise UserError(f"--sft-dir {path} does not fit ({differences(found, key)}): choose another directory")
     elif not (path / "config.json").exists():
         raise UserError(f"--sft-dir {path} is not a checkpoint (no config.json): choose an empty or a new directory")
-    elif (size := model_config(str(path)).vocab_size) < len(tokenizer):
-        raise UserError(
-            f"--sft-dir {path} has {size} tokens, the tokenizer of --model {len(tokenizer)}: they do not fit"
-        )
+    check_model(str(path), tokenizer)
     return True
 
 
@@ -1924,6 +2114,10 @@ def warn_of_drift(strength: Strength) -> None:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
+def counted(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {n}" for reason, n in reasons.items()) or "none"
+
+
 def prepare(config: Config, tokenizer: Any, world: World) -> tuple[dict[str, Pairs], dict[str, Any]]:
     """Token pairs of the training and validation splits, and data.json."""
     with world.rank_zero_first():
@@ -1934,7 +2128,10 @@ def prepare(config: Config, tokenizer: Any, world: World) -> tuple[dict[str, Pai
         report: dict[str, Any] = {"dataset": config.dataset} | summary | {"tokenised": {}}
         for name, limit in (("train", config.max_pairs), ("validation", config.eval_pairs)):
             if not len(rows[name]):
-                raise UserError(f"the {name} split of --dataset {config.dataset} is empty: pass more data")
+                raise UserError(
+                    f"the {name} split of --dataset {config.dataset} is empty ({summary['rows_read']} rows read, "
+                    f"dropped: {counted(summary['rows_dropped'])}): pass more data"
+                )
             splits[name], report["tokenised"][name] = tokenize(
                 sample(rows[name], limit, config.seed), tokenizer, config.max_length, config.max_prompt_length
             )
@@ -1958,9 +2155,12 @@ def run(config: Config, world: World, lock: contextlib.ExitStack) -> None:
     with world.rank_zero_first():
         model = locate_model(config.model)
     tokenizer = load_tokenizer(model)
-    architecture = model_config(model)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(architecture).parameters())
+    architecture, parameters = check_model(model, tokenizer)
+    context = getattr(architecture.get_text_config(), "max_position_embeddings", None) or math.inf
+    if config.max_length > context:
+        raise UserError(
+            f"--max-length {config.max_length} is beyond the {context} positions of {config.model}: lower it"
+        )
     if not config.micro_batch_tokens:
         # A run that goes on keeps the size it started with: sums are rounded by micro-batch.
         started = Path(config.output_dir) / "config.json"
@@ -1978,8 +2178,7 @@ def run(config: Config, world: World, lock: contextlib.ExitStack) -> None:
         f"policy {config.policy_dtype}, reference {config.reference_dtype}; micro-batches of "
         f"{config.micro_batch_tokens:,} tokens"
     )
-    dropped = ", ".join(f"{reason} {n}" for reason, n in report["rows_dropped"].items()) or "none"
-    world.print(f"data: {report['rows_read']:,} rows, {report['split']}; dropped: {dropped}")
+    world.print(f"data: {report['rows_read']:,} rows, {report['split']}; dropped: {counted(report['rows_dropped'])}")
     for name, counts in report["tokenised"].items():
         world.print(f"tokens, {name}: " + ", ".join(f"{k.replace('_', ' ')} {n:,}" for k, n in counts.items()))
     examples = sft_examples(splits["train"])
@@ -1988,6 +2187,10 @@ def run(config: Config, world: World, lock: contextlib.ExitStack) -> None:
     with world.rank_zero_first():
         if world.rank == 0:
             claim_output_dir(config, lock)
+            writable_directory("--sft-dir", Path(config.sft_dir).parent)
+            writable_directory("--reference-cache", Path(config.reference_cache).parent)
+            if Path(config.reference_cache).is_dir():
+                raise UserError(f"--reference-cache {config.reference_cache} is a directory: name a file")
             write_json(Path(config.output_dir) / "data.json", report)
 
     if ready:
@@ -2010,6 +2213,7 @@ def run(config: Config, world: World, lock: contextlib.ExitStack) -> None:
 def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error it raises, too
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
@@ -2021,9 +2225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stop_signals(), start_processes() as world, contextlib.ExitStack() as lock:
             run(config, world, lock)
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: {'' if e.status == 75 else 'error: '}{e}", file=sys.stderr)
-        return e.status
+        return report_error("train.py", e, argv)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
             raise

@@ -245,7 +245,7 @@ def test_community_alignment_errors(tmp_path):
     data = write_ca(tmp_path, [ca_row(FIRST)] * 3)
     whole = (tmp_path / "community_alignment.csv").read_text()
     (tmp_path / "community_alignment.csv").write_text(whole[: len(whole) - 6])
-    with pytest.raises(train.UserError, match="row 3: not as many fields as columns: download the file again"):
+    with pytest.raises(train.UserError, match="row 3: not as many fields as columns: quote its commas, or fetch"):
         train.read_preferences("community-alignment", data)
 
 

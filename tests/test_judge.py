@@ -350,7 +350,7 @@ def test_winrate_withholds_and_refuses(tmp_path, capsys):
         ({"rows": whole["rows"][1:]}, "other prompts"),
         ({"rows": [r | {"baseline_hash": "x"} for r in whole["rows"]]}, "another baseline"),
         ({"run": DPO}, "are both DPO, — on demo, tiny"),
-        ({"rows": 3}, "no judgements"),
+        ({"rows": 3}, "that `judge` wrote"),
     ):
         assert changed(**changes) == 2
         assert hint in capsys.readouterr().err

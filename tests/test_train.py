@@ -96,6 +96,7 @@ def test_what_truncation_does_is_counted():
         "prompt_cut": 2,
         "response_cut": 2,
         "eos_lost": 3,
+        "dropped_control": 0,
         "dropped_empty": 0,
         "dropped_identical": 1,
         "used": 3,

@@ -11,7 +11,7 @@ def test_an_unknown_check_lists_the_known_ones(monkeypatch, capsys):
     monkeypatch.setattr(command.sys, "argv", ["verify", "closed_form", "nonsense"])
     assert command.main() == 2
     error = capsys.readouterr().err
-    assert error.startswith("no check named nonsense; there are closed_form, series_bound,")
+    assert error.startswith("verify: error: no check named nonsense: choose from closed_form, series_bound,")
     assert error.count("\n") == 1
 
 

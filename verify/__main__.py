@@ -3,7 +3,7 @@
 Results are in verify/results. A run of some checks replaces their entries in verify.json and leaves the others as they
 are. Each entry keeps the hash of the mixdpo.py that it judged, so that one judged against another file is marked as
 such in the table.
-Exit status: 0 all rows pass, 1 a row failed, 2 no such check.
+Exit status: 0 all rows pass, 1 a row failed, 2 a mistake in what was asked for.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import mpmath
 import torch
@@ -45,6 +46,15 @@ CHECKS = (
 )
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- verify:begin -->", "<!-- verify:end -->"
+
+
+class UserError(Exception):
+    """A mistake of the user's: main() prints it as one line and returns 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 def fingerprint() -> str:
@@ -77,6 +87,18 @@ def write(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".part")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
+
+
+def read(path: Path) -> dict:
+    """The saved results; raises UserError for a file that no run left."""
+    if not path.exists():
+        return {}
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        markdown(saved), short(saved)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path} does not hold saved results ({type(e).__name__}: {e}): restore or remove it") from e
+    return saved
 
 
 def rows_of(entry: dict) -> list[Row]:
@@ -113,10 +135,14 @@ def short(results: dict) -> str:
 
 def into_readme(results: dict, readme: Path) -> None:
     """Replaces what stands between the two markers."""
-    text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"{readme} has no {BEGIN} ... {END}: put both where the table should stand")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:
+        raise UserError(f"--readme {readme} cannot be read ({e}): pass a Markdown file") from e
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UserError(f"--readme {readme} has no {BEGIN} ... {END}: put both where the table should stand")
     write(readme, f"{before}{BEGIN}\n{short(results)}\n{END}{after}")
 
 
@@ -128,23 +154,37 @@ def show(name: str, entry: dict) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m verify", description=(__doc__ or "").split("\n\n")[0])
+    try:
+        return verify()
+    except UserError as e:
+        print(f"verify: error: {e}", file=sys.stderr)
+        return 2
+
+
+def verify() -> int:
+    # No abbreviations: --ful would start an hour of work.
+    parser = Parser(prog="python -m verify", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="check", help=f"any of {', '.join(CHECKS)}; none: all")
     parser.add_argument("--full", action="store_true", help="more points and replications (up to an hour)")
     parser.add_argument("--readme", type=Path, help="only put the short table of the saved results into this file")
     args = parser.parse_args()
     unknown = [name for name in args.names if name not in CHECKS]
     if unknown:
-        print(f"no check named {', '.join(unknown)}; there are {', '.join(CHECKS)}", file=sys.stderr)
-        return 2
+        raise UserError(f"no check named {', '.join(unknown)}: choose from {', '.join(CHECKS)}")
+    if args.readme and (args.names or args.full):
+        raise UserError(f"--readme {args.readme} runs no check: leave out the names and --full, or it")
     # The tensors are small: a second thread gains little, and loses much when the other core is busy.
     torch.set_num_threads(1)
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "verify.json"
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    saved = read(path)
     if args.readme:
         into_readme(saved, args.readme)
         return 0
+    try:
+        RESULTS.mkdir(exist_ok=True)
+        write(RESULTS / "verify.md", markdown(saved))
+    except OSError as e:
+        raise UserError(f"{RESULTS} cannot be written ({e.strerror}): make it a writable directory") from e
     ran = {}
     for name in args.names or CHECKS:
         ran[name] = run(name, args.full)
