@@ -66,6 +66,13 @@ def interop(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """Runs killed at 30 moments end bit for bit as undisturbed ones; 20,000 updates leak nothing (half an hour)."""
+    install(session, "dev")
+    session.run("python", "-m", "verify.faults", *session.posargs)
+
+
+@nox.session
 def judge(session: nox.Session) -> None:
     """Win rates end to end with `transformers serve`: it answers for a policy and is the judge."""
     install(session, "dev", "judge")

@@ -2074,7 +2074,7 @@ def train(
                 if step % eval_steps == 0 or step == last:
                     evaluate(step)
                 if step % save_steps == 0 or step == last or stop:
-                    warn_of_drift(strength)
+                    check_strength(strength, world)
                     size = sync_file(path) if world.rank == 0 else 0
                     checkpoints.save(step, {"step": step, "examples": examples, "metrics_bytes": size})
                 if stop and step != last:
@@ -2103,7 +2103,12 @@ def cut_metrics(path: Path, size: int) -> None:
         os.truncate(path, size)
 
 
-def warn_of_drift(strength: Strength) -> None:
+def check_strength(strength: Strength, world: World) -> None:
+    """Raises RuntimeError if ranks have come apart; warns, once, of parameters that have drifted far away."""
+    if parameters := list(strength.parameters()):
+        ranks = world.gather(torch.cat([p.detach() for p in parameters])[None])
+        if not (ranks == ranks[0]).all():
+            raise RuntimeError(f"the strength parameters differ between ranks: {ranks.tolist()}")
     for name, value in strength_values(strength).items():
         if name != "loc" and not 1e-3 < value < 1e4:
             say_once(
