@@ -302,6 +302,13 @@ def write_text(path: Path, text: str) -> None:
     sync_directory(path.parent)
 
 
+def sync_file(path: Path) -> int:
+    """Makes it durable; returns its size."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+    return path.stat().st_size
+
+
 def sync_directory(path: Path) -> None:
     """Makes a rename in it durable."""
     handle = os.open(path, os.O_RDONLY)
@@ -309,6 +316,30 @@ def sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises Unwritable for no space and the like, which is an OSError from Python alone."""
+    try:
+        yield
+    except (Exception, CheckpointException) as e:
+        if not isinstance(e, (OSError, CheckpointException)) and "(os error " not in str(e):
+            raise
+        raise Unwritable(
+            f"{path} cannot be written ({str(e).strip().splitlines()[-1]}): make room and start again, the run goes on "
+            "from the last whole checkpoint"
+        ) from e
+
+
+def publish(aside: Path, place: Path) -> None:
+    """Makes the files of a directory durable and puts it in its place."""
+    for file in aside.iterdir():
+        sync_file(file)
+    sync_directory(aside)
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(aside, place)
+    sync_directory(place.parent)
 
 
 def file_hash(path: Path) -> str:
@@ -345,11 +376,23 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(f"{k} {old.get(k)!r} there, {new.get(k)!r} here" for k in keys)
 
 
-def claim_output_dir(config: Config, lock: contextlib.ExitStack) -> None:
-    """Locks the directory and writes config.json, or refuses one that holds another run or something else.
+def unfinished(path: str) -> Path:
+    """Where the state is kept of what is being made at `path`."""
+    return Path(f"{Path(path)}.part")
 
-    The lock is the system's and goes with the process: a crash leaves none behind.
-    """
+
+def hold(flag: str, path: Path, lock: contextlib.ExitStack) -> None:
+    """Locks a directory until `lock` is closed. The system's lock goes with the process: a crash leaves none behind."""
+    path.mkdir(parents=True, exist_ok=True)
+    handle = lock.enter_context(open(path / "lock", "w"))  # noqa: SIM115
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{flag} {path} is in use by another run: wait for it, or choose another directory") from None
+
+
+def claim_output_dir(config: Config, lock: contextlib.ExitStack) -> None:
+    """Locks the directory and writes config.json, or refuses one that holds another run or something else."""
     path = Path(config.output_dir)
     mine = {k: v for k, v in dataclasses.asdict(config).items() if k not in LOCATION_FLAGS}
     try:
@@ -372,14 +415,7 @@ def claim_output_dir(config: Config, lock: contextlib.ExitStack) -> None:
                 )
         elif path.exists() and any(p.name not in ("sft", "lock") for p in path.iterdir()):
             raise UserError(f"--output-dir {path} is not empty and holds no config.json: choose another directory")
-        path.mkdir(parents=True, exist_ok=True)
-        handle = lock.enter_context(open(path / "lock", "w"))  # noqa: SIM115
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"--output-dir {path} is in use by another run: wait for it, or choose another directory"
-            ) from None
+        hold("--output-dir", path, lock)
         write_json(path / "config.json", dataclasses.asdict(config))
     except OSError as e:
         raise UserError(f"--output-dir {path} cannot be written ({e}): choose another directory") from e
@@ -1477,12 +1513,12 @@ def export(
         # A plain instance: fully_shard has renamed the class of `network`, and the name would go into config.json.
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(network.config, dtype=torch.float32)
-        plain.save_pretrained(aside, state_dict=state)
-        tokenizer.save_pretrained(aside)
-        if sft_record:
-            write_json(aside / "sft.json", sft_record)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(aside, path)
+        with writing(path):
+            plain.save_pretrained(aside, state_dict=state)
+            tokenizer.save_pretrained(aside)
+            if sft_record:
+                write_json(aside / "sft.json", sft_record)
+            publish(aside, path)
     dist.barrier()
 
 
@@ -1493,12 +1529,12 @@ STOP = threading.Event()  # a signal came: the loops save after the step and sto
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT set STOP; a second one stops at once."""
+    """SIGTERM and SIGINT set STOP; a second one ends the process at once, also where it waits for another rank."""
 
     def stop(number: int, frame: Any) -> None:
-        if STOP.is_set():
-            raise KeyboardInterrupt
         STOP.set()
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
 
     STOP.clear()
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -1587,24 +1623,18 @@ class Checkpoints:
         files = {p.name: file_hash(p) for p in sorted(aside.iterdir())}
         write_json(aside / "manifest.json", manifest | {"files": files})
         place = self.path / manifest["name"]
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(aside, place)
-        sync_directory(self.path)
-        for old in sorted(self.path.glob("step-" + 8 * "[0-9]"))[: -self.keep]:
+        publish(aside, place)
+        # Those with a later number were not whole when the run was started.
+        for old in sorted(p for p in self.path.glob("step-" + 8 * "[0-9]") if p <= place)[: -self.keep]:
             shutil.rmtree(old)
 
     def wait(self) -> None:
-        """Until what is being written is whole."""
+        """Until what is being written is whole: rank 0 renames it, so no rank may leave before."""
         pending, self.pending = self.pending, None
-        try:
-            if pending:
-                pending.result()
-        except (OSError, CheckpointException) as e:
-            reason = str(e).strip().splitlines()[-1]
-            raise Unwritable(
-                f"a checkpoint cannot be written to {self.path} ({reason}): make room and start again, the run goes on "
-                "from the last whole one"
-            ) from e
+        if pending is None:
+            return
+        with self.world.rank_zero_first(), writing(self.path):
+            pending.result()
 
     def close(self) -> None:
         """Leaves nothing running, also after an error; waits for nobody."""
@@ -1683,7 +1713,7 @@ def sft(config: Config, model: str, tokenizer: Any, examples: list[Example], pai
     network = load_model(model, config.policy_dtype, world, pairs, config.seed, **economies(config))
     optimizer, schedule = optimizer_for([{"params": list(network.parameters()), "lr": config.sft_lr}], config.warmup)
     path, key = Path(config.sft_dir), sft_key(config, examples)
-    part = path.with_name(path.name + ".part")
+    part = unfinished(config.sft_dir)
     with contextlib.closing(Checkpoints(part, config.keep, key, network, optimizer, schedule, world)) as checkpoints:
         losses: list[float] = (checkpoints.restore() or {}).get("losses", [])
         done, last = len(losses), config.sft_epochs * math.ceil(len(examples) / config.batch_size)
@@ -1778,14 +1808,14 @@ def reference_key(config: Config, splits: dict[str, Pairs]) -> dict[str, str]:
 
 
 def write_scores(path: Path, scores: dict[str, np.ndarray], key: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     sums = {f"sha256_{name}": hashlib.sha256(values.tobytes()).hexdigest() for name, values in scores.items()}
-    save_file(scores, aside, metadata=key | sums)
-    with open(aside, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(aside, path)
-    sync_directory(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(scores, aside, metadata=key | sums)
+        sync_file(aside)
+        os.replace(aside, path)
+        sync_directory(path.parent)
 
 
 def read_scores(path: Path, key: dict[str, str]) -> dict[str, np.ndarray]:
@@ -1822,7 +1852,7 @@ def reference_pass(
     # Without gradients a micro-batch holds no activations: four times the tokens fit.
     budget = 4 * config.micro_batch_tokens
     batch = max(config.eval_batch_size, config.batch_size)
-    parts = path.with_name(path.name + ".part")
+    parts = unfinished(config.reference_cache)
     scores = {}
     torch.backends.cuda.matmul.fp32_precision = "tf32" if config.reference_dtype == "tfloat32" else "ieee"
     for name, pairs in splits.items():
@@ -1909,7 +1939,7 @@ def log_metrics(
 ) -> None:
     """Appends one line to metrics.jsonl."""
     row = {"step": step, "examples": examples} | {f"{prefix}/{k}": v for k, v in metrics.items()}
-    with open(path, "a", encoding="utf-8") as f:
+    with writing(path), open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(row | beta_metrics(strength)) + "\n")
 
 
@@ -2084,13 +2114,6 @@ def train(
     return strength
 
 
-def sync_file(path: Path) -> int:
-    """Makes it durable; returns its size."""
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
-    return path.stat().st_size
-
-
 def cut_metrics(path: Path, size: int) -> None:
     """Cuts off the lines that were written after the checkpoint: they will be written again."""
     there = path.stat().st_size if path.exists() else 0
@@ -2196,6 +2219,11 @@ def run(config: Config, world: World, lock: contextlib.ExitStack) -> None:
             writable_directory("--reference-cache", Path(config.reference_cache).parent)
             if Path(config.reference_cache).is_dir():
                 raise UserError(f"--reference-cache {config.reference_cache} is a directory: name a file")
+            # What runs share is made by one of them at a time.
+            if not ready:
+                hold("--sft-dir", unfinished(config.sft_dir), lock)
+            if not Path(config.reference_cache).exists():
+                hold("--reference-cache", unfinished(config.reference_cache), lock)
             write_json(Path(config.output_dir) / "data.json", report)
 
     if ready:
@@ -2244,9 +2272,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Of whatever rank: the others only see that it is gone.
         print(f"train.py: out of memory: lower --micro-batch-tokens ({str(e).splitlines()[0]})", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("train.py: stopped at once: the same command goes on from the last whole checkpoint", file=sys.stderr)
-        return 130
     return 0
 
 
