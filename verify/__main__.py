@@ -111,13 +111,13 @@ def short(results: dict) -> str:
     return "\n".join(lines)
 
 
-def into_readme(results: dict, readme: Path) -> None:
+def into_readme(table: str, readme: Path, begin: str = BEGIN, end: str = END) -> None:
     """Replaces what stands between the two markers."""
     text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"{readme} has no {BEGIN} ... {END}: put both where the table should stand")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    write(readme, f"{before}{BEGIN}\n{short(results)}\n{END}{after}")
+    if begin not in text or end not in text:
+        raise SystemExit(f"{readme} has no {begin} ... {end}: put both where the table should stand")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    write(readme, f"{before}{begin}\n{table}\n{end}{after}")
 
 
 def show(name: str, entry: dict) -> None:
@@ -143,7 +143,7 @@ def main() -> int:
     path = RESULTS / "verify.json"
     saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if args.readme:
-        into_readme(saved, args.readme)
+        into_readme(short(saved), args.readme)
         return 0
     ran = {}
     for name in args.names or CHECKS:
