@@ -102,20 +102,17 @@ def padded_logps(model: nn.Module, ids: Tensor, real: Tensor, response: Tensor) 
     return chosen, rejected
 
 
-def padded(folder: Path, pairs: train.Pairs, index: list[int], micro_batch: int = 0) -> dict[str, Any]:
-    """micro_batch: pairs at once; 0 for all."""
+def padded(folder: Path, pairs: train.Pairs, index: list[int]) -> dict[str, Any]:
     policy, reference = plain_model(folder), plain_model(folder)
     optimizer, _schedule = train.optimizer_for([{"params": list(policy.parameters()), "lr": 5e-7}], 150)
-    size = micro_batch or len(index)
 
     def step() -> None:
-        for start in range(0, len(index), size):
-            batch = padded_batch(pairs, index[start : start + size])
-            chosen, rejected = padded_logps(policy, *batch)
-            with torch.no_grad():
-                reference_chosen, reference_rejected = padded_logps(reference, *batch)
-            losses, *_ = dpo_loss(chosen, rejected, reference_chosen, reference_rejected)
-            (losses.sum() / len(index)).backward()
+        batch = padded_batch(pairs, index)
+        chosen, rejected = padded_logps(policy, *batch)
+        with torch.no_grad():
+            reference_chosen, reference_rejected = padded_logps(reference, *batch)
+        losses, *_ = dpo_loss(chosen, rejected, reference_chosen, reference_rejected)
+        losses.mean().backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -488,8 +485,9 @@ def markdown(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
     lines = ["# Speed and memory of a training step", "", "Written by `nox -s bench`; do not edit.", ""]
     lines.append(
-        f"{where['processor']}, {where['threads']} threads, {versions}; {PAIRS} pairs of {result['data']} at {MAX_LENGTH}/"
-        f"{MAX_PROMPT_LENGTH} tokens, float32 if not said otherwise; medians (and quartiles) of {result['rounds']} rounds."
+        f"{where['processor']}, {where['threads']} threads, {versions}; {PAIRS} pairs of {result['data']} at "
+        f"{MAX_LENGTH}/{MAX_PROMPT_LENGTH} tokens, float32 if not said otherwise; medians (and quartiles) of "
+        f"{result['rounds']} rounds."
     )
     lines += ["", short(result), ""]
     for name, m in result["models"].items():
@@ -508,10 +506,10 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [f"In one micro-batch ours takes {m['memory']['ours, cached, whole batch'] / 2**20:,.0f} MiB.", ""]
         dists = [[n, *(f"{r[k]:.3f}" for k in ("median", "low", "high"))] for n, r in m["over_dpo"].items()]
         lines += [table(["step over that of dpo", "median", "lower quartile", "upper"], dists), ""]
-    rows = [
-        [str(g["pairs"]), str(g["max_length"]), *(f"{s:.3f}" for s in g["seconds"].values()), f"{g['over_padded']['median']:.3f}"]
-        for g in result["growth"]
-    ]  # fmt: skip
+    rows = []
+    for g in result["growth"]:
+        seconds = [f"{value:.3f}" for value in g["seconds"].values()]
+        rows.append([str(g["pairs"]), str(g["max_length"]), *seconds, f"{g['over_padded']['median']:.3f}"])
     lines += [
         "## Growth (llama)",
         "",
