@@ -1468,7 +1468,8 @@ def load_model(
     Rank 0 alone reads the weights and sends them round. There it is checked on the longest of `pairs`, before sharding,
     that the model can share prompts.
     """
-    whole, shares = None, torch.ones((), device=world.device)
+    whole: nn.Module | None = None
+    shares = torch.ones((), device=world.device)
     with world.rank_zero_first():
         if world.rank == 0:
             whole = pretrained(model, seed).to(world.device)
@@ -1492,9 +1493,9 @@ def load_model(
     fully_shard(network, mesh=mesh, mp_policy=policy)
     network.to_empty(device=world.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(network, whole.state_dict() if whole else {}, options=options)
+    set_model_state_dict(network, {} if whole is None else whole.state_dict(), options=options)
     # The rotary frequencies are in no checkpoint: they too come from rank 0.
-    values = dict(whole.named_buffers()) if whole else {}
+    values = {} if whole is None else dict(whole.named_buffers())
     for name, buffer in network.named_buffers():
         if name in values:
             buffer.copy_(values[name])
@@ -1637,8 +1638,10 @@ class Checkpoints:
             pending.result()
 
     def close(self) -> None:
-        """Leaves nothing running, also after an error; waits for nobody."""
-        self.thread.shutdown(wait=False, cancel_futures=True)
+        """After an error, too, what is being written is finished where it can be."""
+        with contextlib.suppress(UserError):
+            self.wait()
+        self.thread.shutdown()
 
 
 # --- SFT and the reference pass --------------------------------------------------------------------------------------
@@ -2276,4 +2279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == 130:
+        os._exit(status)  # at once: not after a checkpoint that is being written
+    sys.exit(status)
