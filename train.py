@@ -2137,9 +2137,7 @@ def check_strength(strength: Strength, world: World) -> None:
             raise RuntimeError(f"the strength parameters differ between ranks: {ranks.tolist()}")
     for name, value in strength_values(strength).items():
         if name != "loc" and not 1e-3 < value < 1e4:
-            say_once(
-                f"warning: {name} of the strength has drifted to {value:.3g}: lower --beta-lr, or 0 to keep it fixed"
-            )
+            say_once(f"warning: {name} of the strength has left [0.001, 10000]: lower --beta-lr, or 0 to keep it fixed")
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
