@@ -83,13 +83,16 @@ FULL = {
 
 
 @pytest.mark.parametrize("moment", FULL)
-def test_a_full_disk_is_one_line_and_nothing_half_is_taken_for_whole(moment, whole, small_disk, monkeypatch, capfd):
+def test_a_full_disk_is_one_line_and_nothing_half_is_taken_for_whole(
+    moment, whole, small_disk, monkeypatch, capfd, record_property
+):
     owner, name, call, place = FULL[moment]
     run = small_disk / "run"
     flags = [*FLAGS, "--sft-dir", str(whole / "sft"), "--output-dir", str(run)]
     before(monkeypatch, owner, name, call, lambda: fill(small_disk))
     assert train.main(flags) == 1
     said = capfd.readouterr().err
+    record_property("message", said.strip().replace(str(small_disk), ""))
     assert said.startswith(f"train.py: error: {run / place} cannot be written (")
     assert "o space left on device" in said
     assert said.count("\n") == 1
@@ -102,7 +105,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_is_taken_for_whole(moment, who
     assert_same_end(run, whole)
 
 
-def test_a_disk_that_becomes_read_only(whole, small_disk, monkeypatch, capfd):
+def test_a_disk_that_becomes_read_only(whole, small_disk, monkeypatch, capfd, record_property):
     run = small_disk / "run"
     flags = [*FLAGS, *shared(whole), "--output-dir", str(run)]
 
@@ -114,6 +117,7 @@ def test_a_disk_that_becomes_read_only(whole, small_disk, monkeypatch, capfd):
     before(monkeypatch, train, "export", 1, lambda: remount("ro"))
     assert train.main(flags) == 1
     said = capfd.readouterr().err
+    record_property("message", said.strip().replace(str(small_disk), ""))
     assert "Read-only file system" in said
     assert said.count("\n") == 1
     monkeypatch.undo()
@@ -141,7 +145,7 @@ def test_metrics_that_cannot_be_written(whole, tmp_path, capfd):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["loss", "policy's gradient", "strength's gradient"])
-def test_what_is_not_finite_stops_before_the_step(where, value, whole, tmp_path, monkeypatch, capsys):
+def test_what_is_not_finite_stops_before_the_step(where, value, whole, tmp_path, monkeypatch, capsys, record_property):
     run = tmp_path / "run"
     flags = [*FLAGS, *shared(whole), "--output-dir", str(run)]
     loss, gradients, count = train.mixdpo_loss, train.preference_gradients, itertools.count(1)
@@ -161,8 +165,9 @@ def test_what_is_not_finite_stops_before_the_step(where, value, whole, tmp_path,
         return rows
 
     monkeypatch.setattr(train, "preference_gradients", bad_gradients)
-    with pytest.raises(RuntimeError, match="update 5: loss or gradient is not finite"):
+    with pytest.raises(RuntimeError, match="update 5: loss or gradient is not finite") as error:
         train.main(flags)
+    record_property("message", str(error.value).replace(str(tmp_path), ""))
     saved = json.loads((run / "diagnostics.json").read_text())
     assert saved["step"] == 5
     assert len(saved["rows"]) == 32
@@ -287,7 +292,7 @@ def test_torchrun_stopped_saves_and_another_number_of_ranks_goes_on(whole, tmp_p
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), (a["step"], name)
 
 
-def test_when_a_rank_dies_the_others_stop_with_its_name(whole, tmp_path):
+def test_when_a_rank_dies_the_others_stop_with_its_name(whole, tmp_path, record_property):
     run = tmp_path / "run"
     flags = [*FLAGS, *shared(whole), "--output-dir", str(run)]
     process = launch(*TORCHRUN, "--standalone", "--nproc_per_node", "2", "train.py", *flags)
@@ -295,6 +300,9 @@ def test_when_a_rank_dies_the_others_stop_with_its_name(whole, tmp_path):
     ranks = children(process)
     os.kill(ranks[1], signal.SIGKILL)
     said, _ = process.communicate(timeout=60)
+    record_property(
+        "message", next((line for line in said.splitlines() if "exitcode: -9" in line), "").split("failed ")[-1]
+    )
     assert process.returncode == 1
     assert f"exitcode: -9) local_rank: 1 (pid: {ranks[1]})" in said
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
