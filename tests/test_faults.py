@@ -122,7 +122,8 @@ def test_a_disk_that_becomes_read_only(whole, small_disk, monkeypatch, capfd, re
     assert said.count("\n") == 1
     monkeypatch.undo()
     assert train.main(flags) == 2
-    assert "Read-only file system" in (said := capfd.readouterr().err)
+    said = capfd.readouterr().err
+    assert "Read-only file system" in said
     assert said.startswith(f"train.py: error: --output-dir {run} cannot be written")
     remount("rw")
     assert train.main(flags) == 0
