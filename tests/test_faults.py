@@ -1,6 +1,7 @@
 """Faults that are really caused: full disks, ranks and nodes that die, values that are not finite."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -185,12 +186,23 @@ def test_what_is_not_finite_stops_before_the_step(where, value, whole, tmp_path,
 EXTREME = [(1e-6, 1e-6), (1e-6, 1e6), (1e6, 1e-6), (1e6, 1e6)]
 
 
-@pytest.mark.parametrize("first", ["Gamma", "LogNormal"])
-@pytest.mark.parametrize("values", EXTREME)
 @pytest.mark.parametrize("drift", [-1e3, 1e3])
-def test_degenerate_parameters_stay_finite(first, values, drift):
-    """Initial values at the edge, then raw parameters far beyond it, where the softplus is 0 or huge."""
-    strength = train.Gamma(*values) if first == "Gamma" else train.LogNormal(-10.0, min(values[1], 20.0), "quadrature")
+@pytest.mark.parametrize(
+    "strength",
+    [
+        *(functools.partial(train.Gamma, *values) for values in EXTREME),
+        functools.partial(train.LogNormal, -10.0, 1e-6, "quadrature"),
+        functools.partial(train.LogNormal, -10.0, 20.0, "quadrature"),
+        functools.partial(train.LogNormal, 10.0, 20.0),
+    ],
+)
+def test_degenerate_parameters_stay_finite(strength, drift):
+    """Initial values at the edge, then raw parameters far beyond it, where the softplus is 0 or huge.
+
+    A moment of the log-normal may be inf, as it is beyond float32; it is in no loss.
+    """
+    strength = strength()
+    torch.manual_seed(0)
     for _ in range(2):
         delta_r = torch.tensor([-100.0, -1.0, 0.0, 1e-3, 1.0, 100.0], requires_grad=True)
         losses = -strength.log_choice_prob(delta_r)
@@ -198,7 +210,7 @@ def test_degenerate_parameters_stay_finite(first, values, drift):
         assert losses.isfinite().all(), (strength, losses)
         assert delta_r.grad.isfinite().all(), (strength, delta_r.grad)
         assert all(p.grad.isfinite().all() for p in strength.parameters()), strength
-        assert all(torch.isfinite(getattr(strength, name)) for name in ("mean", "cv"))
+        assert not any(torch.isnan(getattr(strength, name)) for name in ("mean", "cv"))
         with torch.no_grad():
             for p in strength.parameters():
                 p += drift
