@@ -299,18 +299,11 @@ def write_text(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(aside, path)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
-def sync_file(path: Path) -> int:
-    """Makes it durable; returns its size."""
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
-    return path.stat().st_size
-
-
-def sync_directory(path: Path) -> None:
-    """Makes a rename in it durable."""
+def sync(path: Path) -> None:
+    """Makes durable what a file holds, or which names a directory holds."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -334,12 +327,12 @@ def writing(path: Path) -> Iterator[None]:
 
 def publish(aside: Path, place: Path) -> None:
     """Makes the files of a directory durable and puts it in its place."""
-    for file in aside.iterdir():
-        sync_file(file)
-    sync_directory(aside)
+    for file in aside.rglob("*"):
+        sync(file)
+    sync(aside)
     shutil.rmtree(place, ignore_errors=True)
     os.replace(aside, place)
-    sync_directory(place.parent)
+    sync(place.parent)
 
 
 def file_hash(path: Path) -> str:
@@ -1530,7 +1523,7 @@ STOP = threading.Event()  # a signal came: the loops save after the step and sto
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT set STOP; a second one ends the process at once, also where it waits for another rank."""
+    """SIGTERM and SIGINT set STOP; a second one ends the process at once."""
 
     def stop(number: int, frame: Any) -> None:
         STOP.set()
@@ -1816,9 +1809,9 @@ def write_scores(path: Path, scores: dict[str, np.ndarray], key: dict[str, str])
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(scores, aside, metadata=key | sums)
-        sync_file(aside)
+        sync(aside)
         os.replace(aside, path)
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
 def read_scores(path: Path, key: dict[str, str]) -> dict[str, np.ndarray]:
@@ -2108,7 +2101,10 @@ def train(
                     evaluate(step)
                 if step % save_steps == 0 or step == last or stop:
                     check_strength(strength, world)
-                    size = sync_file(path) if world.rank == 0 else 0
+                    size = 0
+                    if world.rank == 0:
+                        sync(path)
+                        size = path.stat().st_size
                     checkpoints.save(step, {"step": step, "examples": examples, "metrics_bytes": size})
                 if stop and step != last:
                     checkpoints.wait()
