@@ -64,7 +64,7 @@ def result_of(run: Path) -> tuple[Any, ...]:
 def kill_until_done(run: Path, stage: str, pattern: str | None, kills: int, seconds: float, rng: random.Random) -> int:
     """Kills the run up to `kills` times in this stage, and lets it end; returns how often it was killed."""
     done = 0
-    while True:
+    while not (run / "strength.json").exists():  # else it was killed after its end
         seen = set(run.glob(pattern)) if pattern else set()
         process, began, moment = start(*RUN, "--output-dir", str(run)), time.monotonic(), rng.uniform(1, seconds)
         while process.poll() is None:
@@ -76,10 +76,9 @@ def kill_until_done(run: Path, stage: str, pattern: str | None, kills: int, seco
                 break
             time.sleep(0.001)
         _, said = process.communicate()
-        if process.returncode == 0:
-            return done
         if process.returncode > 0:
             raise SystemExit(f"{stage}: a run ended by itself: {said}")
+    return done
 
 
 def measure_kills(kills: int) -> list[dict[str, Any]]:
