@@ -331,20 +331,15 @@ def test_two_nodes_of_which_one_is_killed_and_started_again(whole, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    node = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
-    node += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "train.py", *flags, str(run)]
-    first = launch(*node)
-    while first.poll() is None:  # the first to listen keeps the store, and has to live
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            break
-    second = launch(*node)
+    node = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "3"]
+    node += ["--master-addr", "127.0.0.1", "--master-port", str(port), "--node-rank"]
+    first, second = (launch(*node, rank, "train.py", *flags, str(run)) for rank in "01")
     wait_for(first, run / "checkpoints" / "step-00000002" / "manifest.json")
     ranks = children(second)
-    second.kill()
-    for rank in ranks:
-        os.kill(rank, signal.SIGKILL)
+    for victim in (second.pid, *ranks):
+        os.kill(victim, signal.SIGKILL)
     second.communicate()
-    again = launch(*node)
+    again = launch(*node, "1", "train.py", *flags, str(run))
     said = [process.communicate(timeout=240)[0] for process in (first, again)]
     assert (first.returncode, again.returncode) == (0, 0), said
     assert "goes on after update " in said[0] + said[1]
