@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 import train
 from tests.conftest import ROOT, metrics
-from tests.test_resume import FLAGS, assert_same_end, shared, start, wait_for, whole
+from tests.test_resume import FLAGS, assert_same_end, shared, start, two_ranks, wait_for, whole
 
-__all__ = ["whole"]  # the fixture: the uninterrupted run
+__all__ = ["two_ranks", "whole"]  # fixtures: uninterrupted runs
 MIB = 2**20
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -321,13 +321,10 @@ def test_when_a_rank_dies_the_others_stop_with_its_name(whole, tmp_path, record_
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
-def test_two_nodes_of_which_one_is_killed_and_started_again(whole, tmp_path):
+def test_two_nodes_of_which_one_is_killed_and_started_again(whole, two_ranks, tmp_path):
     """Two torchrun agents on loopback; the run ends as two ranks undisturbed do."""
-    plain, run = tmp_path / "plain", tmp_path / "run"
+    run = tmp_path / "run"
     flags = [*FLAGS, *shared(whole), "--output-dir"]
-    done = launch(*TORCHRUN, "--standalone", "--nproc_per_node", "2", "train.py", *flags, str(plain))
-    said, _ = done.communicate(timeout=240)
-    assert done.returncode == 0, said
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -343,4 +340,4 @@ def test_two_nodes_of_which_one_is_killed_and_started_again(whole, tmp_path):
     said = [process.communicate(timeout=240)[0] for process in (first, again)]
     assert (first.returncode, again.returncode) == (0, 0), said
     assert "goes on after update " in said[0] + said[1]
-    assert_same_end(run, plain)
+    assert_same_end(run, two_ranks)
