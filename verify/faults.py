@@ -277,9 +277,9 @@ def main() -> int:
         "soak": lambda: soak(args.updates),
     }
     path = RESULTS / "faults.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if args.only and path.exists() else {}
     for name in [args.only] if args.only else parts:
-        result[name] = parts[name]()
+        part = {name: parts[name]()}
+        result = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | part
         write(path, json.dumps(result, indent=1) + "\n")
         write(RESULTS / "faults.md", markdown(result))
     print(markdown(result))
