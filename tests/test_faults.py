@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -74,11 +75,9 @@ def before(monkeypatch, owner, name: str, call: int, action) -> None:
 
 
 FULL = {
-    "cache": (train, "write_scores", 1, "reference.safetensors.part/train-000000000.safetensors"),
-    "whole cache": (train, "write_scores", 7, "reference.safetensors"),
+    "cache": (train, "write_scores", 7, "reference.safetensors"),
     "metrics": (train, "log_metrics", 1, "metrics.jsonl"),
-    "first checkpoint": (train.Checkpoints, "save", 1, "checkpoints"),
-    "third checkpoint": (train.Checkpoints, "save", 3, "checkpoints"),
+    "checkpoint": (train.Checkpoints, "save", 3, "checkpoints"),
     "export": (train, "export", 1, "policy"),
 }
 
@@ -101,7 +100,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_is_taken_for_whole(
     (small_disk / "filler").unlink()
     monkeypatch.undo()
     assert train.main(flags) == 0
-    if moment == "third checkpoint":
+    if moment == "checkpoint":
         assert "goes on after update 2 of 8" in capfd.readouterr().out
     assert_same_end(run, whole)
 
@@ -145,8 +144,10 @@ def test_metrics_that_cannot_be_written(whole, tmp_path, capfd):
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["loss", "policy's gradient", "strength's gradient"])
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [("loss", math.nan), ("loss", math.inf), ("policy's gradient", math.inf), ("strength's gradient", math.nan)],
+)
 def test_what_is_not_finite_stops_before_the_step(where, value, whole, tmp_path, monkeypatch, capsys, record_property):
     run = tmp_path / "run"
     flags = [*FLAGS, *shared(whole), "--output-dir", str(run)]
