@@ -14,7 +14,8 @@ lost; SFT on the chosen responses (once per model and data set, share it with --
 model, whose log-probs are cached (share them with --reference-cache); training of the policy; export.
 
 A run leaves in --output-dir: config.json (every flag), data.json (rows read, dropped, truncated, and why),
-metrics.jsonl (one object a line), reference.safetensors, policy/ (loads with from_pretrained), strength.json.
+metrics.jsonl (one object a line), reference.safetensors, checkpoints/, policy/ (loads with from_pretrained) and
+strength.json. The same command again goes on with a run that was interrupted; status 75 says that it can.
 
 Every rank is a process under FSDP2, also when there is only one, so that there is one code path. Data order and Monte
 Carlo draws are functions of the seed and the position in the data: they do not depend on the number of ranks.
