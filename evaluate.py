@@ -48,7 +48,7 @@ import datasets
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from train import (
     COLUMNS,
@@ -67,6 +67,9 @@ from train import (
     hash_weights,
     load_preferences,
     load_tokenizer,
+    micro_batch_tokens,
+    model_config,
+    pretrained,
     printable,
     quiet_libraries,
     read_json,
@@ -144,15 +147,9 @@ def group_labels(rows: datasets.Dataset, by: Sequence[str] | None) -> dict[str, 
 
 def load_policy(path: Path, world: World, pairs: Pairs | None = None) -> nn.Module:
     """A policy on this rank's device; `pairs`: those to be scored, on which sharing prompts is checked."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"{path} cannot be loaded ({brief(e)}): make it again") from e
-    model = model.eval().to(world.device)
+    model = pretrained(str(path)).to(world.device)
     if pairs:
-        check_sharing(model, pairs, world)
+        check_sharing(model, pairs, world.device)
     return model
 
 
@@ -1619,7 +1616,9 @@ def command_margins(args: argparse.Namespace, world: World) -> None:
     values = {}
     for name, directory in directories.items():
         model = load_policy(directory, world, pairs)
-        logps = score_all(model, pairs, 64 * world.size, args.micro_batch_tokens, world, f"margins, {name}")
+        size = sum(p.numel() for p in model.parameters())
+        budget = args.micro_batch_tokens or 4 * micro_batch_tokens(model_config(str(directory)), size, world)
+        logps = score_all(model, pairs, 64 * world.size, budget, world, f"margins, {name}")
         values[name] = margins(logps, pairs)
         del model
     # Votes of unknown people on the same candidates are no more independent than one person's.
@@ -1765,7 +1764,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--baseline", metavar="DIR", help="a policy/ or sft/ directory to compare with")
     command.add_argument("--pairs", type=int, default=425, help="held-out pairs (default: 425, as in the paper)")
     command.add_argument("--seed", type=int, default=0, help="chooses the pairs (default: 0)")
-    command.add_argument("--micro-batch-tokens", type=int, default=8192, help="tokens held at once (default: 8192)")
+    command.add_argument("--micro-batch-tokens", type=int, default=0, help="tokens held at once (0: as memory allows)")
     command.add_argument("--output-dir", metavar="DIR", help="default: margins/ beside the first policy")
     command.add_argument("--by", nargs="+", metavar="ATTRIBUTE", help="attributes, or a+b; all attributes by default")
     command.add_argument("--min-group", type=int, default=20, help="smaller subgroups are marked (default: 20 pairs)")

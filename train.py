@@ -24,6 +24,8 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import errno
+import fcntl
 import functools
 import gc
 import gzip
@@ -33,13 +35,16 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -56,12 +61,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint import CheckpointException, async_save, load
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+import mixdpo
 from mixdpo import Gamma, LogNormal, PointMass, mixdpo_loss
 
 Strength = PointMass | LogNormal | Gamma
@@ -69,6 +83,20 @@ Strength = PointMass | LogNormal | Gamma
 
 class UserError(Exception):
     """A mistake of the user's: main() prints it as one line and exits with status 2."""
+
+    status = 2
+
+
+class Unwritable(UserError):
+    """No space, or no permission, in the middle of a run: one line and status 1; the last checkpoint is whole."""
+
+    status = 1
+
+
+class Interrupted(UserError):
+    """A signal came and the run has saved its state: one line and status 75, EX_TEMPFAIL, "try again"."""
+
+    status = 75
 
 
 # --- configuration: the single source of flags, help and config.json -------------------------------------------------
@@ -110,7 +138,11 @@ class Config:
 
     batch_size: int = flag(64, "pairs per update, over all ranks")
     eval_batch_size: int = flag(32, "pairs scored at once in evaluation and in the reference pass, over all ranks")
-    micro_batch_tokens: int = flag(8192, "tokens a rank holds at once, padding included; lower it when memory is short")
+    micro_batch_tokens: int = flag(
+        0, "tokens a rank holds at once, padding included; 0: as memory allows; lower it when memory is short", ">= 0"
+    )
+    activation_checkpointing: bool = flag(False, "compute activations again in the backward pass: less memory, slower")
+    compile: bool = flag(False, "torch.compile each block: minutes at the start, for long runs on a GPU")
     lr: float = flag(5e-7, "learning rate of the policy (RMSprop)")
     warmup: int = flag(150, "updates of linear warm-up, then constant", ">= 0")
     max_grad_norm: float = flag(1.0, "clipping of the policy's gradient; the strength's gradient is not clipped")
@@ -123,8 +155,13 @@ class Config:
     seed: int = flag(0, "seeds the split, the sampling, the order, the draws and random weights", ">= 0")
     sft_lr: float = flag(5e-7, "learning rate of SFT (RMSprop, same warm-up)")
     sft_epochs: int = flag(1, "passes of SFT over the chosen responses", ">= 0")
+    save_every: int = flag(9_920, "examples between checkpoints, rounded down to whole updates; one is at the end")
+    keep: int = flag(2, "checkpoints kept")
+    resume: bool = flag(True, "go on with an unfinished run in --output-dir; --no-resume refuses it")
     policy_dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "compute dtype over float32 master weights")
-    reference_dtype: Literal["bfloat16", "float32"] = flag("float32", "compute dtype of the reference pass")
+    reference_dtype: Literal["bfloat16", "tfloat32", "float32"] = flag(
+        "float32", "compute dtype of the reference pass; tfloat32: float32 with the GPU's shorter products"
+    )
     demo_heterogeneity: float = flag(
         0.5, "demo: coefficient of variation of the annotators' strength, 0 for none", ">= 0"
     )
@@ -148,7 +185,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # What a run leaves may be compared and shared whatever these are.
-LOCATION_FLAGS = ("output_dir", "sft_dir", "reference_cache", "data_dir", "preset")
+LOCATION_FLAGS = ("output_dir", "sft_dir", "reference_cache", "data_dir", "preset", "keep", "resume")
 
 
 class Parser(argparse.ArgumentParser):
@@ -178,8 +215,8 @@ def report_error(program: str, error: UserError, argv: Sequence[str] | None) -> 
     if os.environ.get("RANK", "0") == "0":
         if "--debug" in (sys.argv if argv is None else argv):
             traceback.print_exception(error)
-        print(f"{program}: error: {printable(str(error))}", file=sys.stderr)
-    return 2
+        print(f"{program}: {'' if error.status == 75 else 'error: '}{printable(str(error))}", file=sys.stderr)
+    return error.status
 
 
 def parse_config(argv: Sequence[str] | None = None) -> Config:
@@ -188,6 +225,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         kind: dict[str, Any] = {"type": f.type, "metavar": getattr(f.type, "__name__", "").upper()}
         if get_origin(f.type) is Literal:
             kind = {"choices": get_args(f.type)}
+        elif f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
         text = f"{f.metadata['help']} (default: {f.default!r})"
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     preset = parser.parse_args(argv).preset
@@ -216,7 +255,7 @@ def check_config(config: Config) -> Config:
             fits = type(value) is f.type or (f.type is float and type(value) is int)
         if not fits:
             raise UserError(f"--{f.name.replace('_', '-')} {value!r} is not of its type: see --help")
-        if isinstance(value, (int, float)):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
             inside = {"> 0": value > 0, ">= 0": value >= 0, "": True}[bound]
             size = "finite" if f.type is float else "below 2**63"
             if not (abs(value) < (math.inf if f.type is float else 2**63) and inside):
@@ -228,10 +267,10 @@ def check_config(config: Config) -> Config:
             f"--max-prompt-length {config.max_prompt_length} leaves no room for a response in --max-length "
             f"{config.max_length}: lower the first or raise the second"
         )
-    if config.micro_batch_tokens < 2 * config.max_length:
+    if 0 < config.micro_batch_tokens < 2 * config.max_length:
         raise UserError(
             f"--micro-batch-tokens {config.micro_batch_tokens} cannot hold one pair of --max-length "
-            f"{config.max_length}: at least {2 * config.max_length}"
+            f"{config.max_length}: at least {2 * config.max_length}, or 0 to choose it from memory"
         )
     if config.samples > 2**16:
         raise UserError(
@@ -260,6 +299,21 @@ def write_text(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(aside, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes a rename in it durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -291,8 +345,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(f"{k} {old.get(k)!r} there, {new.get(k)!r} here" for k in keys)
 
 
-def claim_output_dir(config: Config) -> None:
-    """Writes config.json, or refuses a directory that holds another run or something else."""
+def claim_output_dir(config: Config, lock: contextlib.ExitStack) -> None:
+    """Locks the directory and writes config.json, or refuses one that holds another run or something else.
+
+    The lock is the system's and goes with the process: a crash leaves none behind.
+    """
     path = Path(config.output_dir)
     mine = {k: v for k, v in dataclasses.asdict(config).items() if k not in LOCATION_FLAGS}
     try:
@@ -308,13 +365,21 @@ def claim_output_dir(config: Config) -> None:
                 raise UserError(
                     f"--output-dir {path} holds this very run, finished: choose another directory to repeat it"
                 )
-            if (path / "metrics.jsonl").exists():
+            if not config.resume:
                 raise UserError(
-                    f"--output-dir {path} holds this run, unfinished: remove its metrics.jsonl to train again from the "
-                    "SFT checkpoint, or choose another directory"
+                    f"--output-dir {path} holds this run, unfinished: leave out --no-resume to go on with it, "
+                    "or choose another directory"
                 )
-        elif path.exists() and any(p.name != "sft" for p in path.iterdir()):
+        elif path.exists() and any(p.name not in ("sft", "lock") for p in path.iterdir()):
             raise UserError(f"--output-dir {path} is not empty and holds no config.json: choose another directory")
+        path.mkdir(parents=True, exist_ok=True)
+        handle = lock.enter_context(open(path / "lock", "w"))  # noqa: SIM115
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output-dir {path} is in use by another run: wait for it, or choose another directory"
+            ) from None
         write_json(path / "config.json", dataclasses.asdict(config))
     except OSError as e:
         raise UserError(f"--output-dir {path} cannot be written ({e}): choose another directory") from e
@@ -890,9 +955,13 @@ def model_config(model: str) -> transformers.PretrainedConfig:
             pad_token_id=tokenizer.pad_token_id,
         )
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as e:  # as above: any wrong value in the file ends somewhere else in transformers
         raise UserError(f"model {model} has no config.json that loads ({brief(e)}): repair it") from e
+    # It could name a kernel on the hub, which is code; and no other kind takes a mask for each row.
+    if (attention := config._attn_implementation) not in (None, "sdpa", "eager"):
+        raise UserError(f"model {model}: config.json asks for the attention {attention!r}: remove it, or write sdpa")
+    return config
 
 
 def brief(error: Exception) -> str:
@@ -944,8 +1013,8 @@ def check_model(model: str, tokenizer: Any) -> tuple[transformers.PretrainedConf
                 f"model {model}: {name} {value} of config.json does not fit its weights ({most}): repair it"
             )
     try:
-        with torch.device("meta"):  # sdpa: a config.json can name code on the hub as its attention
-            network = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as e:
         raise UserError(f"model {model}: config.json describes no causal model ({brief(e)}): repair it") from e
     parameters = sum(p.numel() for p in network.parameters())
@@ -1002,6 +1071,11 @@ class Pairs:
             [column[i] for i in index] for column in (self.prompts, self.chosen, self.rejected)
         )
         return Pairs(prompts, chosen, rejected, [self.rows[i] for i in index])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each pair's row: prompt, chosen and rejected."""
+        return [sum(map(len, row)) for row in zip(self.prompts, self.chosen, self.rejected, strict=True)]
 
     def key(self) -> str:
         return digest(self.prompts, self.chosen, self.rejected)
@@ -1063,75 +1137,105 @@ def tokenize(
 
 
 class Rows(NamedTuple):
-    """A micro-batch: B rows of W tokens, prompts padded on the left so that response j starts in one column for all."""
+    """A micro-batch: B rows of W tokens, padded on the right; N response tokens in all, of which R responses a row."""
 
     input_ids: Tensor  # (B, W)
     position_ids: Tensor  # (B, W), each response continues the prompt's
     attention_mask: Tensor  # (B, 1, W, W), True where a query may look
-    targets: list[Tensor]  # per response (B, C_j), padded with 0
-    weights: list[Tensor]  # per response (B, C_j), 1 on response tokens, 0 on padding
+    predictors: Tensor  # (N,), for each response token the place in the flattened (B, W) of the token before it
+    targets: Tensor  # (N,), its id
+    places: Tensor  # (2, N), its response (counted r * B + b) and its place in that response
+    shape: tuple[int, int, int]  # (R, B, tokens of the longest response)
 
 
 def build_rows(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]], device: torch.device | str = "cpu"
 ) -> Rows:
-    """responses: B token lists for each of the responses that share a prompt (two for pairs, one for SFT)."""
-    widths = [max(map(len, prompts))] + [max(map(len, response)) for response in responses]
-    starts = np.cumsum([0, *widths])
+    """responses: B token lists for each of the R responses that share a prompt (two for pairs, one for SFT)."""
     batch = len(prompts)
-    ids = np.zeros((batch, starts[-1]), dtype=np.int64)
+    rows = [[prompt, *rest] for prompt, *rest in zip(prompts, *responses, strict=True)]
+    width = max(sum(map(len, row)) for row in rows)
+    ids = np.zeros((batch, width), dtype=np.int64)
     positions = np.zeros_like(ids)
     segments = np.zeros_like(ids)  # 0 padding, 1 prompt, 2, 3, ... responses
-    for b, prompt in enumerate(prompts):
-        spans = [(widths[0] - len(prompt), 0, prompt)]
-        spans += [(start, len(prompt), r[b]) for start, r in zip(starts[1:-1], responses, strict=True)]
-        for segment, (start, position, tokens) in enumerate(spans, 1):
+    predictors: list[np.ndarray] = []
+    places: list[np.ndarray] = []
+    for b, row in enumerate(rows):
+        start, prompt = 0, len(row[0])
+        for segment, tokens in enumerate(row):
             span = slice(start, start + len(tokens))
             ids[b, span] = tokens
-            positions[b, span] = np.arange(position, position + len(tokens))
-            segments[b, span] = segment
+            positions[b, span] = np.arange(len(tokens)) + (prompt if segment else 0)
+            segments[b, span] = segment + 1
+            if segment:
+                # The first token of every response is predicted by the last one of the prompt.
+                before = np.arange(start - 1, start + len(tokens) - 1)
+                before[0] = prompt - 1
+                predictors.append(b * width + before)
+                response = np.full(len(tokens), (segment - 1) * batch + b)
+                places.append(np.stack([response, np.arange(len(tokens))]))
+            start += len(tokens)
     kind = torch.from_numpy(segments).to(device)
     query, key = kind[:, :, None], kind[:, None, :]
-    itself = torch.eye(starts[-1], dtype=torch.bool, device=device)
+    itself = torch.eye(width, dtype=torch.bool, device=device)
     causal = torch.ones_like(itself).tril()
     # Padding looks at itself: a row of the mask without any True gives NaN in some attention kernels.
     mask = (causal & (key != 0) & ((key == query) | (key == 1))) | itself
-    input_ids = torch.from_numpy(ids).to(device)
-    columns = [slice(a, b) for a, b in itertools.pairwise(starts[1:])]
+    targets = np.concatenate([tokens for _, *rest in rows for tokens in rest]).astype(np.int64)
     return Rows(
-        input_ids,
+        torch.from_numpy(ids).to(device),
         torch.from_numpy(positions).to(device),
         mask[:, None],
-        [input_ids[:, span] for span in columns],
-        [(kind[:, span] != 0).float() for span in columns],
+        torch.from_numpy(np.concatenate(predictors)).to(device),
+        torch.from_numpy(targets).to(device),
+        torch.from_numpy(np.concatenate(places, -1)).to(device),
+        (len(responses), batch, max(len(tokens) for response in responses for tokens in response)),
     )
 
 
-def response_logps(model: nn.Module, rows: Rows) -> list[Tensor]:
-    """log pi(y|x) summed over the response's tokens (EOS included), in float32 or wider: per response (B,).
+class TokenLogps(torch.autograd.Function):
+    """log softmax(logits)[target] for logits (N, V) and targets (N,): (N,), in float32 or wider.
 
-    Logits are made only from the last prompt token on: K + 1 columns for K columns of responses, of which the first
-    predicts the first token of every response.
+    The gradient is made in the memory of the one tensor that is saved: of cross_entropy's three passes over new memory
+    of the size of the logits, the largest of a step, one is left. A second backward raises, as the tensor has changed.
     """
-    responses = sum(target.shape[1] for target in rows.targets)
-    logits = model(
-        input_ids=rows.input_ids,
-        attention_mask=rows.attention_mask,
-        position_ids=rows.position_ids,
-        use_cache=False,
-        logits_to_keep=responses + 1,
-    ).logits
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    normaliser = logits.logsumexp(-1)  # (B, K + 1)
-    sums, start = [], 0
-    for target, weight in zip(rows.targets, rows.weights, strict=True):
-        column = torch.arange(start, start + target.shape[1], device=target.device)
-        column[0] = 0
-        row = torch.arange(len(target), device=target.device)[:, None]
-        logps = logits[row, column, target] - normaliser[:, column]
-        sums.append((logps * weight).sum(-1))
-        start += target.shape[1]
-    return sums
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        logps = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        ctx.save_for_backward(logps, targets)
+        return logps.gather(-1, targets[:, None]).squeeze(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logps, targets = ctx.saved_tensors
+        logits_gradient = logps.exp_().mul_(-gradient[:, None])
+        return logits_gradient.scatter_add_(-1, targets[:, None], gradient[:, None]), None
+
+
+def response_logps(model: nn.Module, rows: Rows) -> Tensor:
+    """log pi(y|x) summed over the response's tokens (EOS included), (R, B), in float32 or wider.
+
+    The head sees only the hidden states that predict a response token. A hook in front of it, and not a head of our
+    own behind the base model, keeps whatever the model does to its logits (a soft cap, a scale) and works under FSDP.
+    """
+    # Added to the attention scores: a mask of booleans is understood by SDPA, but misread by other attentions.
+    mask = torch.zeros_like(rows.attention_mask, dtype=next(model.parameters()).dtype)
+    mask = mask.masked_fill(~rows.attention_mask, -math.inf)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1).index_select(0, rows.predictors),))
+    try:
+        logits = model(
+            input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False
+        ).logits
+    finally:
+        hook.remove()
+    logps = TokenLogps.apply(logits, rows.targets)
+    responses, batch, longest = rows.shape
+    # Sums of rows of a table: index_add would add in another order each time on a GPU.
+    table = logps.new_zeros(responses * batch, longest)
+    return table.index_put(tuple(rows.places), logps).sum(-1).view(responses, batch)
 
 
 def plain_logps(model: nn.Module, prompts: Sequence[Sequence[int]], responses: Any, device: Any) -> Tensor:
@@ -1150,72 +1254,71 @@ def plain_logps(model: nn.Module, prompts: Sequence[Sequence[int]], responses: A
     return (logps * scored[:, 1:]).sum(-1)
 
 
-def score(model: nn.Module, prompts: Sequence[Any], responses: Sequence[Sequence[Any]], device: Any) -> list[Tensor]:
-    """Log-probs (B,) of each of the responses that share B prompts, by the way that check_sharing found right."""
+def score(model: nn.Module, prompts: Sequence[Any], responses: Sequence[Sequence[Any]], device: Any) -> Tensor:
+    """Log-probs (R, B) of the R responses that share each of B prompts, by the way that check_sharing found right."""
     if getattr(model, "plain_rows", False):
-        return [plain_logps(model, prompts, response, device) for response in responses]
+        return torch.stack([plain_logps(model, prompts, response, device) for response in responses])
     return response_logps(model, build_rows(prompts, responses, device))
 
 
-def score_pairs(
-    model: nn.Module, pairs: Pairs, index: Sequence[int], device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    """(chosen, rejected) log-probs of some of the pairs, each (len(index),)."""
+def score_pairs(model: nn.Module, pairs: Pairs, index: Sequence[int], device: torch.device | str) -> Tensor:
+    """Log-probs of some of the pairs, (2, len(index)): chosen, rejected."""
     some = pairs.select(index)
-    chosen, rejected = score(model, some.prompts, [some.chosen, some.rejected], device)
-    return chosen, rejected
+    return score(model, some.prompts, [some.chosen, some.rejected], device)
 
 
 @functools.cache
 def say_once(message: str) -> None:
-    print(message, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
 
 
 @torch.no_grad()
-def check_sharing(model: nn.Module, pairs: Pairs, world: "World") -> None:
+def check_sharing(model: nn.Module, pairs: Pairs, device: torch.device) -> bool:
     """Compares shared rows with plain ones on the longest pairs, and falls back to plain rows if they differ.
 
     Some architectures cannot share a prompt: those whose positions are not position_ids (ALiBi), or whose attention is
-    cut to a window by the mask that a shared row replaces.
+    cut to a window, by the mask that a shared row replaces, where a response is longer than the window.
     """
-    model.plain_rows = False  # type: ignore[assignment]
-    length = [len(p) + len(c) + len(r) for p, c, r in zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True)]
-    some = pairs.select(sorted(range(len(pairs)), key=lambda i: -length[i])[:4])
-    plain = torch.stack([plain_logps(model, some.prompts, r, world.device) for r in (some.chosen, some.rejected)])
-    tokens = torch.tensor([[len(r) for r in side] for side in (some.chosen, some.rejected)], device=world.device)
-    try:
-        shared = torch.stack(score_pairs(model, some, range(len(some)), world.device))
-        apart = ((shared - plain).abs() / tokens).max().item()
-    except (TypeError, ValueError, IndexError, RuntimeError):
-        apart = math.inf
-    # float32 rounding leaves 1e-5 nat per token; a wrong mask or position leaves tenths.
-    if not apart < 1e-3:
-        model.plain_rows = True  # type: ignore[assignment]
-        if world.rank == 0:
-            say_once(f"{type(model).__name__} cannot share a prompt between two responses: plain rows are used, slower")
+    lengths = [
+        len(p) + max(len(c), len(r)) for p, c, r in zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True)
+    ]
+    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    shares = all(window is None or max(lengths) <= window for window in windows)
+    if shares:
+        some = pairs.select(sorted(range(len(pairs)), key=lambda i: -lengths[i])[:4])
+        plain = torch.stack([plain_logps(model, some.prompts, r, device) for r in (some.chosen, some.rejected)])
+        tokens = torch.tensor([[len(r) for r in side] for side in (some.chosen, some.rejected)], device=device)
+        try:
+            model.plain_rows = False  # type: ignore[assignment]
+            apart = ((score_pairs(model, some, range(len(some)), device) - plain).abs() / tokens).max().item()
+        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+            apart = math.inf
+        # float32 rounding leaves 1e-5 nat per token; a wrong mask or position leaves tenths.
+        shares = apart < 1e-3
+    model.plain_rows = not shares  # type: ignore[assignment]
+    if not shares:
+        say_once(f"{type(model).__name__} cannot share a prompt between two responses: plain rows are used, slower")
+    return shares
 
 
-def deal(lengths: Sequence[Sequence[int]], ranks: int, budget: int) -> list[list[list[int]]]:
+def deal(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
     """Micro-batches for every rank: [micro-batch][rank] -> positions, -1 where a rank has nothing to do.
 
-    lengths: per example its (prompt, response, ...) lengths. Sorted by length and dealt in turn, so that ranks have
-    equal numbers of rows of nearly equal length; filled greedily so that rows * padded width <= budget (at least one
-    row). Every rank gets the same number of rows in each, which the collectives of FSDP need.
+    lengths: tokens of each example's row. Sorted by length and dealt in turn, so that ranks have equal numbers of rows
+    of nearly equal length; filled greedily so that rows * longest <= budget (at least one row). Every rank gets the
+    same number of rows in each, which the collectives of FSDP need.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-sum(lengths[i]), i))
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     turns = [order[i : i + ranks] for i in range(0, len(order), ranks)]
     turns[-1] = turns[-1] + [-1] * (ranks - len(turns[-1]))
     batches: list[list[list[int]]] = []
-    widest: list[int] = []
     for turn in turns:
-        new = [max(part) for part in zip(*(lengths[i] for i in turn if i >= 0), strict=True)]
-        grown = [max(a, b) for a, b in zip(widest, new, strict=True)] if batches else new
-        if batches and (len(batches[-1]) + 1) * sum(grown) <= budget:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0][0]] <= budget:
             batches[-1].append(turn)
-            widest = grown
         else:
             batches.append([turn])
-            widest = new
     return [[[turn[rank] for turn in batch] for rank in range(ranks)] for batch in batches]
 
 
@@ -1232,9 +1335,9 @@ class World:
         if self.rank == 0:
             print(message, flush=True)
 
-    def bar(self, total: int, description: str, unit: str = "pair") -> tqdm:
+    def bar(self, total: int, description: str, unit: str = "pair", initial: int = 0) -> tqdm:
         # disable=None: silent when stderr is not a terminal.
-        return tqdm(total=total, desc=description, unit=unit, disable=True if self.rank else None)
+        return tqdm(total=total, desc=description, unit=unit, initial=initial, disable=True if self.rank else None)
 
     def gather(self, values: Tensor) -> Tensor:
         """(n, m) on every rank -> (size * n, m), the same on all."""
@@ -1244,12 +1347,20 @@ class World:
 
     @contextlib.contextmanager
     def rank_zero_first(self) -> Iterator[None]:
-        """Rank 0 goes ahead (and fills the caches), the others follow."""
+        """Rank 0 goes ahead (and fills the caches), the others follow, or raise what it raised for the user."""
+        problem: list[str | None] = [None]
         if self.rank:
-            dist.barrier()
-        yield
-        if not self.rank:
-            dist.barrier()
+            dist.broadcast_object_list(problem, 0)
+            if problem[0]:
+                raise UserError(problem[0])
+        try:
+            yield
+        except UserError as e:
+            problem = [str(e)]
+            raise
+        finally:
+            if not self.rank:
+                dist.broadcast_object_list(problem, 0)
 
 
 @contextlib.contextmanager
@@ -1272,31 +1383,86 @@ def start_processes() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def load_model(model: str, compute: str, world: World, pairs: Pairs, seed: int = 0) -> nn.Module:
-    """float32 master weights, sharded over the ranks by FSDP2, computing in `compute`; dropout off.
+def micro_batch_tokens(architecture: transformers.PretrainedConfig, parameters: int, world: World) -> int:
+    """Tokens of a micro-batch that fit in memory, of which half is kept free, up to where more are no faster."""
+    text = architecture.get_text_config()
+    hidden = text.hidden_size
+    # What the backward pass needs of a token: the tensors of each block, and logits with their gradient.
+    per_token = (
+        4 * text.num_hidden_layers * (12 * hidden + 5 * (getattr(text, "intermediate_size", None) or 4 * hidden))
+    )
+    per_token += 12 * text.vocab_size
+    if world.device.type == "cuda":
+        memory, most = torch.cuda.get_device_properties(world.device).total_memory, 16_384
+    else:
+        # Beyond this a CPU waits for fresh memory pages.
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        memory, most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks, 1024
+    # Weights, gradient, RMSprop's average, and room for what is gathered.
+    free = max(0, memory - 16 * parameters // world.size) // 2
+    tokens = torch.tensor(min(most, free // per_token), device=world.device)
+    dist.all_reduce(tokens, dist.ReduceOp.MIN)
+    return int(tokens.item())
 
-    `pairs`: on the longest of them it is checked, before sharding, that the model can share prompts.
-    """
+
+def pretrained(model: str, seed: int = 0) -> nn.Module:
+    """Float32 weights on the CPU, from safetensors alone (or random ones for "tiny"); dropout off."""
     torch.manual_seed(seed)
     if model == "tiny":
-        network = AutoModelForCausalLM.from_config(model_config(model), dtype=torch.float32, attn_implementation="sdpa")
-    else:
-        try:
-            network = AutoModelForCausalLM.from_pretrained(
-                model, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-            raise UserError(f"model {model} cannot be loaded ({str(e).splitlines()[0]})") from e
-    network.eval().to(world.device)
-    check_sharing(network, pairs, world)
+        return AutoModelForCausalLM.from_config(model_config(model), dtype=torch.float32).eval()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model, config=model_config(model), dtype=torch.float32, use_safetensors=True
+        ).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise UserError(f"model {model} cannot be loaded ({str(e).splitlines()[0]})") from e
+
+
+def load_model(
+    model: str,
+    compute: str,
+    world: World,
+    pairs: Pairs,
+    seed: int = 0,
+    activation_checkpointing: bool = False,
+    compile_blocks: bool = False,
+) -> nn.Module:
+    """float32 master weights, sharded over the ranks by FSDP2, computing in `compute`; dropout off.
+
+    Rank 0 alone reads the weights and sends them round. There it is checked on the longest of `pairs`, before sharding,
+    that the model can share prompts.
+    """
+    whole, shares = None, torch.ones((), device=world.device)
+    with world.rank_zero_first():
+        if world.rank == 0:
+            whole = pretrained(model, seed).to(world.device)
+            shares.fill_(check_sharing(whole, pairs, world.device))
+            whole.cpu()
+    dist.broadcast(shares, 0)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(model_config(model), dtype=torch.float32).eval()
+    network.plain_rows = not shares.item()
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy()
     if compute == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in network.modules():
         if type(module).__name__ in set(network._no_split_modules or ()):
+            if activation_checkpointing:
+                module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+            if compile_blocks:
+                module.compile(dynamic=True)  # micro-batches differ in both sizes
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(network, mesh=mesh, mp_policy=policy)
+    network.to_empty(device=world.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(network, whole.state_dict() if whole else {}, options=options)
+    # The rotary frequencies are in no checkpoint: they too come from rank 0.
+    values = dict(whole.named_buffers()) if whole else {}
+    for name, buffer in network.named_buffers():
+        if name in values:
+            buffer.copy_(values[name])
+        dist.broadcast(buffer, 0)
     return network
 
 
@@ -1318,6 +1484,131 @@ def export(
         shutil.rmtree(path, ignore_errors=True)
         os.replace(aside, path)
     dist.barrier()
+
+
+# --- checkpoints: an interrupted run, started again, ends bit for bit where an uninterrupted one does ----------------
+
+STOP = threading.Event()  # a signal came: the loops save after the step and stop
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT set STOP; a second one stops at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        if STOP.is_set():
+            raise KeyboardInterrupt
+        STOP.set()
+
+    STOP.clear()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Checkpoints:
+    """The state of one loop under `path`, as path/step-00000031: sharded files of every rank and manifest.json.
+
+    Written in the background beside its place; when all ranks' files are on disk rank 0 hashes them into the manifest
+    and renames. So a directory of that name is whole, or was damaged later, which the hashes show. `key` is what the
+    state depends on beside the configuration.
+    """
+
+    def __init__(
+        self, path: Path, keep: int, key: dict[str, Any], module: nn.Module, optimizer: Any, schedule: Any, world: World
+    ) -> None:
+        self.path, self.keep, self.world = path, keep, world
+        self.key = key | {"torch": torch.__version__, "transformers": transformers.__version__}
+        self.module, self.optimizer, self.schedule = module, optimizer, schedule
+        self.group = dist.new_group(backend="gloo")  # its own: it communicates while the loop does
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def newest(self) -> dict[str, Any] | None:
+        """The manifest of the newest whole checkpoint; those that are not whole are named."""
+        for folder in sorted(self.path.glob("step-" + 8 * "[0-9]"), reverse=True):
+            try:
+                manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+                for name, known in manifest["files"].items():
+                    if file_hash(folder / name) != known:
+                        raise ValueError(f"{name} has changed")
+            except (OSError, ValueError, KeyError) as e:
+                self.world.print(f"checkpoint {folder} is not whole ({e}): not used")
+                continue
+            if manifest["key"] != self.key:
+                raise UserError(
+                    f"checkpoint {folder} is of another run ({differences(manifest['key'], self.key)}): restore what "
+                    "it was made with, or choose another --output-dir"
+                )
+            return manifest
+        return None
+
+    def restore(self) -> dict[str, Any] | None:
+        """Puts the newest whole checkpoint into module, optimizer and schedule; returns its progress."""
+        found: list[dict[str, Any] | None] = [None]
+        with self.world.rank_zero_first():
+            if self.world.rank == 0:
+                found = [self.newest()]
+        dist.broadcast_object_list(found, 0)
+        manifest = found[0]
+        if manifest is None:
+            return None
+        state = self.state()
+        load(state, checkpoint_id=self.path / manifest["name"], process_group=self.group)
+        set_state_dict(
+            self.module, self.optimizer, model_state_dict=state["module"], optim_state_dict=state["optimizer"]
+        )
+        self.schedule.load_state_dict(manifest["schedule"])
+        return manifest["progress"]
+
+    def state(self) -> dict[str, Any]:
+        module, optimizer = get_state_dict(self.module, self.optimizer)
+        return {"module": module, "optimizer": optimizer}
+
+    def save(self, step: int, progress: dict[str, Any]) -> None:
+        self.wait()
+        name = f"step-{step:08}"
+        aside = self.path / f"{name}.tmp"
+        if self.world.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        dist.barrier()
+        manifest = {"name": name, "key": self.key, "ranks": self.world.size, "progress": progress}
+        manifest["schedule"] = self.schedule.state_dict()
+        written = async_save(self.state(), checkpoint_id=aside, process_group=self.group)
+        assert isinstance(written, Future)
+        self.pending = self.thread.submit(self.finish, written, aside, manifest) if self.world.rank == 0 else written
+
+    def finish(self, written: Future, aside: Path, manifest: dict[str, Any]) -> None:
+        """On rank 0, in the background."""
+        written.result()
+        files = {p.name: file_hash(p) for p in sorted(aside.iterdir())}
+        write_json(aside / "manifest.json", manifest | {"files": files})
+        place = self.path / manifest["name"]
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(aside, place)
+        sync_directory(self.path)
+        for old in sorted(self.path.glob("step-" + 8 * "[0-9]"))[: -self.keep]:
+            shutil.rmtree(old)
+
+    def wait(self) -> None:
+        """Until what is being written is whole."""
+        pending, self.pending = self.pending, None
+        try:
+            if pending:
+                pending.result()
+        except (OSError, CheckpointException) as e:
+            reason = str(e).strip().splitlines()[-1]
+            raise Unwritable(
+                f"a checkpoint cannot be written to {self.path} ({reason}): make room and start again, the run goes on "
+                "from the last whole one"
+            ) from e
+
+    def close(self) -> None:
+        """Leaves nothing running, also after an error; waits for nobody."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
 
 
 # --- SFT and the reference pass --------------------------------------------------------------------------------------
@@ -1354,6 +1645,10 @@ def backward_in_parts(network: nn.Module, parts: list[Any], loss_of: Callable[[A
 Example = tuple[tuple[int, ...], tuple[int, ...]]  # prompt and response
 
 
+def economies(config: Config) -> dict[str, bool]:
+    return {"activation_checkpointing": config.activation_checkpointing, "compile_blocks": config.compile}
+
+
 def sft_examples(pairs: Pairs) -> list[Example]:
     """The chosen responses, each once: a prompt with several pairs repeats them."""
     return sorted({(tuple(p), tuple(c)) for p, c in zip(pairs.prompts, pairs.chosen, strict=True)})
@@ -1385,43 +1680,63 @@ def has_sft(config: Config, examples: list[Example], tokenizer: Any) -> bool:
 
 def sft(config: Config, model: str, tokenizer: Any, examples: list[Example], pairs: Pairs, world: World) -> None:
     """Trains on the chosen responses, from `model` into --sft-dir."""
-    network = load_model(model, config.policy_dtype, world, pairs, config.seed)
+    network = load_model(model, config.policy_dtype, world, pairs, config.seed, **economies(config))
     optimizer, schedule = optimizer_for([{"params": list(network.parameters()), "lr": config.sft_lr}], config.warmup)
-    losses: list[float] = []
-    with world.bar(config.sft_epochs * len(examples), "SFT", "example") as bar:
-        for batch in batches(len(examples), config.batch_size, config.sft_epochs, config.seed):
-            loss = sft_gradients([examples[i] for i in batch], network, config.micro_batch_tokens, world)
-            norm = clip_policy(network, config.max_grad_norm)
-            losses.append(loss.item())
-            if not (math.isfinite(losses[-1]) and math.isfinite(norm.item())):
-                raise RuntimeError(f"SFT update {len(losses)}: loss {losses[-1]}, gradient norm {norm}: lower --sft-lr")
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            bar.update(len(batch))
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    record = sft_key(config, examples) | {"examples": len(examples), "losses": losses}
-    export(network, tokenizer, Path(config.sft_dir), world, record)
+    path, key = Path(config.sft_dir), sft_key(config, examples)
+    part = path.with_name(path.name + ".part")
+    with contextlib.closing(Checkpoints(part, config.keep, key, network, optimizer, schedule, world)) as checkpoints:
+        losses: list[float] = (checkpoints.restore() or {}).get("losses", [])
+        done, last = len(losses), config.sft_epochs * math.ceil(len(examples) / config.batch_size)
+        if done:
+            world.print(f"SFT: goes on after update {done} of {last}")
+        with world.bar(last, "SFT", "update", done) as bar:
+            order = batches(len(examples), config.batch_size, config.sft_epochs, config.seed)
+            for step, batch in itertools.islice(enumerate(order, 1), done, None):
+                loss, stop = sft_gradients([examples[i] for i in batch], network, config.micro_batch_tokens, world)
+                norm = clip_policy(network, config.max_grad_norm)
+                losses.append(loss)
+                if not (math.isfinite(loss) and math.isfinite(norm.item())):
+                    raise RuntimeError(f"SFT update {step}: loss {loss}, gradient norm {norm}: lower --sft-lr")
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}")
+                if step < last and (stop or step % max(1, config.save_every // config.batch_size) == 0):
+                    checkpoints.save(step, {"losses": losses})
+                if step < last and stop:
+                    checkpoints.wait()
+                    raise Interrupted(f"interrupted and saved after SFT update {step}: the same command goes on")
+        checkpoints.wait()
+    record = key | {"examples": len(examples), "losses": losses}
+    export(network, tokenizer, path, world, record)
+    if world.rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
     change = f", nats per token {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else ""
     world.print(f"SFT: {len(examples):,} examples, {len(losses)} updates{change}")
 
 
-def sft_gradients(examples: list[Example], network: nn.Module, budget: int, world: World) -> Tensor:
-    """Leaves the gradient of -log pi per response token of the global batch; returns that loss, equal on all ranks."""
+def sft_gradients(examples: list[Example], network: nn.Module, budget: int, world: World) -> tuple[float, bool]:
+    """Leaves the gradient of -log pi per response token of the global batch.
+
+    Returns that loss, and whether a signal reached any rank: the same on all.
+    """
     tokens = sum(len(response) for _, response in examples)
-    total = torch.zeros((), device=world.device)
+    total = torch.zeros(2, device=world.device)
 
     def loss_of(members: list[list[int]]) -> Tensor:
         mine = members[world.rank]
         (logps,) = score(network, [examples[i][0] for i in mine], [[examples[i][1] for i in mine]], world.device)
         loss = -(logps * present(mine, world.device)).sum() / tokens
-        total.add_(loss.detach())
+        total[0] += loss.detach()
         return loss * world.size
 
-    plan = deal([(len(prompt), len(response)) for prompt, response in examples], world.size, budget)
+    plan = deal([len(prompt) + len(response) for prompt, response in examples], world.size, budget)
     backward_in_parts(network, plan, loss_of)
+    total[1] = float(STOP.is_set())
     dist.all_reduce(total)
-    return total
+    loss, stop = total.tolist()
+    return loss, stop > 0
 
 
 def present(members: list[int], device: torch.device) -> Tensor:
@@ -1433,15 +1748,15 @@ def present(members: list[int], device: torch.device) -> Tensor:
 def score_all(network: nn.Module, pairs: Pairs, batch_size: int, budget: int, world: World, name: str) -> np.ndarray:
     """Log-probs of all pairs, (len(pairs), 2), chosen and rejected, the same on every rank."""
     result = np.full((len(pairs), 2), np.nan)
-    lengths = [tuple(map(len, pair)) for pair in zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True)]
-    by_length = sorted(range(len(pairs)), key=lambda i: (-sum(lengths[i]), i))
+    lengths = pairs.lengths
+    by_length = sorted(range(len(pairs)), key=lambda i: (-lengths[i], i))
     with world.bar(len(pairs), name) as bar:
         for start in range(0, len(pairs), batch_size):
             batch = by_length[start : start + batch_size]
             for members in deal([lengths[i] for i in batch], world.size, budget):
                 index = [batch[i] for i in members[world.rank]]
-                scores = torch.stack(score_pairs(network, pairs, index, world.device), -1)
-                rows = world.gather(scores.double()).cpu().numpy()
+                scores = score_pairs(network, pairs, index, world.device).double()
+                rows = world.gather(scores.T).cpu().numpy()
                 for i, values in zip((i for rank in members for i in rank), rows, strict=True):
                     if i >= 0:
                         result[batch[i]] = values
@@ -1452,39 +1767,90 @@ def score_all(network: nn.Module, pairs: Pairs, batch_size: int, budget: int, wo
 def hash_weights(path: Path) -> str:
     sha = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")):
-        with open(file, "rb") as f:
-            sha.update(hashlib.file_digest(f, "sha256").digest())
+        sha.update(bytes.fromhex(file_hash(file)))
     return sha.hexdigest()[:32]
 
 
-def reference_pass(config: Config, splits: dict[str, Pairs], world: World) -> dict[str, np.ndarray]:
-    """Reference log-probs of the pairs of every split, (n, 2); from --reference-cache when it is the same pass."""
-    path, model = Path(config.reference_cache), Path(config.sft_dir)
-    key = {"weights": hash_weights(model), "dtype": config.reference_dtype}
-    key |= {f"{name}_tokens": pairs.key() for name, pairs in splits.items()}
+def reference_key(config: Config, splits: dict[str, Pairs]) -> dict[str, str]:
+    """What reference log-probs depend on."""
+    key = {"weights": hash_weights(Path(config.sft_dir)), "dtype": config.reference_dtype}
+    return key | {f"{name}_tokens": pairs.key() for name, pairs in splits.items()}
+
+
+def write_scores(path: Path, scores: dict[str, np.ndarray], key: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    sums = {f"sha256_{name}": hashlib.sha256(values.tobytes()).hexdigest() for name, values in scores.items()}
+    save_file(scores, aside, metadata=key | sums)
+    with open(aside, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+    sync_directory(path.parent)
+
+
+def read_scores(path: Path, key: dict[str, str]) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, "numpy") as f:
+            found = f.metadata() or {}
+            scores = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"--reference-cache {path} cannot be read ({e}): remove it") from e
+    sums = {name: found.pop(f"sha256_{name}", None) for name in scores}
+    if found != key:
+        raise UserError(
+            f"--reference-cache {path} is of another pass ({differences(found, key)}): remove it, or name another"
+        )
+    if changed := [n for n, values in scores.items() if hashlib.sha256(values.tobytes()).hexdigest() != sums[n]]:
+        raise UserError(f"--reference-cache {path} is damaged (the values of {changed[0]} have changed): remove it")
+    return scores
+
+
+def reference_pass(
+    config: Config, splits: dict[str, Pairs], key: dict[str, str], world: World
+) -> dict[str, np.ndarray]:
+    """Reference log-probs of the pairs of every split, (n, 2); from --reference-cache when it is the same pass.
+
+    Scored in parts of --save-every pairs, each kept beside the cache until all are there.
+    """
+    path = Path(config.reference_cache)
     if path.exists():
-        try:
-            with safe_open(path, "numpy") as f:
-                found = f.metadata() or {}
-                scores = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"--reference-cache {path} cannot be read ({e}): remove it") from e
-        if found != key:
-            raise UserError(
-                f"--reference-cache {path} is of another pass ({differences(found, key)}): remove it, or name another"
-            )
+        with world.rank_zero_first():
+            scores = read_scores(path, key)
         world.print(f"reference: log-probs taken from {path}")
         return scores
-    network = load_model(str(model), config.reference_dtype, world, splits["train"])
+    network = load_model(config.sft_dir, config.reference_dtype, world, splits["train"])
     # Without gradients a micro-batch holds no activations: four times the tokens fit.
     budget = 4 * config.micro_batch_tokens
     batch = max(config.eval_batch_size, config.batch_size)
-    scores = {n: score_all(network, p, batch, budget, world, f"reference, {n}") for n, p in splits.items()}
+    parts = path.with_name(path.name + ".part")
+    scores = {}
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if config.reference_dtype == "tfloat32" else "ieee"
+    for name, pairs in splits.items():
+        found: list[np.ndarray] = []
+        for start in range(0, len(pairs), config.save_every):
+            part = parts / f"{name}-{start:09}.safetensors"
+            own = key | {"part": part.name, "pairs": str(config.save_every)}
+            saved: list[np.ndarray | None] = [None]
+            if world.rank == 0 and part.exists():
+                with contextlib.suppress(UserError):  # of another pass, or damaged: made again
+                    saved = [read_scores(part, own)["logps"]]
+            dist.broadcast_object_list(saved, 0)
+            values = saved[0]
+            if values is None:
+                some = pairs.select(range(start, min(start + config.save_every, len(pairs))))
+                values = score_all(network, some, batch, budget, world, f"reference, {name}")
+                if world.rank == 0:
+                    write_scores(part, {"logps": values}, own)
+                stop = torch.tensor(float(STOP.is_set()), device=world.device)
+                dist.all_reduce(stop)
+                if stop.item():
+                    raise Interrupted(f"interrupted in the reference pass, saved in {parts}: the same command goes on")
+            found.append(values)
+        scores[name] = np.concatenate(found)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     if world.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".tmp")
-        save_file(scores, aside, metadata=key)
-        os.replace(aside, path)
+        write_scores(path, scores, key)
+        shutil.rmtree(parts)
     dist.barrier()
     world.print(f"reference: {sum(map(len, splits.values())):,} pairs scored once")
     return scores
@@ -1580,8 +1946,8 @@ def preference_gradients(
 ) -> Tensor:
     """Leaves the gradient of the mean loss over the global batch in policy and strength, the same on every rank.
 
-    Returns (filler included) (rows, 6) on every rank: position in the batch (-1 for filler), loss, chosen and rejected
-    reward, chosen and rejected log-prob.
+    Returns (filler included) (rows, 7) on every rank: position in the batch (-1 for filler), loss, chosen and rejected
+    reward, chosen and rejected log-prob, and whether a signal reached the row's rank.
     """
     noise = draws(config, step, len(batch), world.device)
     records: list[Tensor] = []
@@ -1589,44 +1955,61 @@ def preference_gradients(
     def loss_of(members: list[list[int]]) -> Tensor:
         mine = members[world.rank]
         index = [batch[i] for i in mine]
-        logps = score_pairs(network, pairs, index, world.device)
-        reference = reference_logps[index]
+        logps, reference = score_pairs(network, pairs, index, world.device), reference_logps[index].T
+        mine_noise = None if noise is None else noise[mine]
         losses, chosen, rejected = mixdpo_loss(
-            *logps, reference[:, 0], reference[:, 1], strength, None if noise is None else noise[mine]
+            logps[0], logps[1], reference[0], reference[1], strength, noise=mine_noise
         )
         position = torch.tensor(mine, dtype=torch.float64, device=world.device)
-        records.append(torch.stack([position, losses.detach(), chosen, rejected, *(x.detach() for x in logps)], -1))
+        records.append(torch.stack([position, losses.detach(), chosen, rejected, *logps.detach()], -1))
         # FSDP averages over ranks: times the number of ranks, over the global count, gives the mean over the batch.
         return (losses * present(mine, world.device)).sum() * world.size / len(batch)
 
-    lengths = [(len(pairs.prompts[i]), len(pairs.chosen[i]), len(pairs.rejected[i])) for i in batch]
+    lengths = pairs.select(batch).lengths
     backward_in_parts(network, deal(lengths, world.size, config.micro_batch_tokens), loss_of)
     for gradient in [p.grad for p in strength.parameters() if p.grad is not None]:
         # The strength module is outside FSDP: its gradient is averaged by hand.
         dist.all_reduce(gradient)
         gradient /= world.size
-    return world.gather(torch.cat(records))
+    rows = torch.cat(records)
+    return world.gather(torch.cat([rows, torch.full_like(rows[:, :1], float(STOP.is_set()))], -1))
 
 
 def check_finite(
-    values: np.ndarray, norms: list[float], step: int, batch: list[int], pairs: Pairs, strength: Strength
+    values: np.ndarray, norms: list[float], step: int, batch: list[int], pairs: Pairs, strength: Strength, path: Path
 ) -> None:
-    """Stops before the optimiser step, with what is needed to find the cause."""
+    """Stops before the optimiser step, with what is needed to find the cause, also as a JSON file."""
     bad = ~np.isfinite(values).all(-1)
     if not bad.any() and all(map(math.isfinite, norms)):
         return
     rows = sorted(pairs.rows[batch[int(i)]] for i in values[bad, 0])
     margins = values[~bad, 2] - values[~bad, 3]
     span = f"[{margins.min():.4g}, {margins.max():.4g}]" if len(margins) else "none finite"
+    fields = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+    every = [
+        {"row": pairs.rows[batch[int(v[0])]]} | {name: repr(x) for name, x in zip(fields, v[1:].tolist(), strict=True)}
+        for v in values
+    ]
+    if dist.get_rank() == 0:
+        write_json(
+            path, {"step": step, "gradient_norms": list(map(repr, norms)), "rows": every} | strength_values(strength)
+        )
     raise RuntimeError(
         f"update {step}: loss or gradient is not finite, the policy was not changed. Training rows with a bad loss: "
-        f"{rows or 'none'}; reward margins of the others {span}; gradient norms {norms}; {strength}"
+        f"{rows or 'none'}; reward margins of the others {span}; gradient norms {norms}; {strength}; "
+        f"every row is in {path}"
     )
 
 
 def train(
-    config: Config, splits: dict[str, Pairs], reference: dict[str, np.ndarray], network: nn.Module, world: World
+    config: Config,
+    splits: dict[str, Pairs],
+    reference: dict[str, np.ndarray],
+    key: dict[str, str],
+    network: nn.Module,
+    world: World,
 ) -> Strength:
+    """Trains policy and strength, from the newest checkpoint if there is one; `key`: of the reference log-probs."""
     pairs, held_out = splits["train"], splits["validation"]
     strength = make_strength(config, world.device)
     groups: list[dict[str, Any]] = [{"params": list(network.parameters()), "lr": config.lr}]
@@ -1635,10 +2018,11 @@ def train(
         groups.append({"params": list(strength.parameters()), "lr": config.beta_lr})
     optimizer, schedule = optimizer_for(groups, config.warmup)
     reference_logps = torch.from_numpy(reference["train"]).to(world.device)
-    examples = 0
     last = config.epochs * math.ceil(len(pairs) / config.batch_size)
     eval_steps = max(1, config.eval_every // config.batch_size)
-    path = Path(config.output_dir) / "metrics.jsonl"
+    save_steps = max(1, config.save_every // config.batch_size)
+    output = Path(config.output_dir)
+    path = output / "metrics.jsonl"
 
     def evaluate(step: int) -> None:
         metrics = evaluate_policy(config, network, strength, held_out, reference["validation"], world)
@@ -1650,32 +2034,81 @@ def train(
             f"{metrics['rewards/accuracies']:.3f}, reward margin {metrics['rewards/margins']:+.4f}, {beta}"
         )
 
-    evaluate(0)
-    with world.bar(config.epochs * len(pairs), "train") as bar:
-        for step, batch in enumerate(batches(len(pairs), config.batch_size, config.epochs, config.seed), 1):
-            began = time.perf_counter()
-            rows = preference_gradients(config, step, batch, pairs, reference_logps, network, strength, world)
-            norm = clip_policy(network, config.max_grad_norm)
-            beta_norm = nn.utils.get_total_norm([p.grad for p in strength.parameters() if p.grad is not None])
-            # The one wait for the device in a step: everything that the host needs comes in one copy.
-            *flat, grad_norm, beta_grad_norm = torch.cat([rows.flatten(), norm[None], beta_norm[None]]).tolist()
-            values = np.array(flat).reshape(rows.shape)
-            values = values[values[:, 0] >= 0]
-            check_finite(values, [grad_norm, beta_grad_norm], step, batch, pairs, strength)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            examples += len(batch)
-            metrics = row_metrics(values[:, 1:]) | {"grad_norm": grad_norm, "beta_grad_norm": beta_grad_norm}
-            metrics["examples_per_second"] = len(batch) / (time.perf_counter() - began)
-            if world.rank == 0:
-                log_metrics(path, step, examples, "train", metrics, strength)
-            bar.update(len(batch))
-            bar.set_postfix(loss=f"{metrics['loss']:.4f}", cv=f"{strength.cv.item():.3f}")
-            if step % eval_steps == 0 and step != last:
-                evaluate(step)
-    evaluate(last)
+    state = nn.ModuleDict({"policy": network, "strength": strength})
+    mine = key | {"mixdpo": file_hash(Path(mixdpo.__file__))}
+    with contextlib.closing(
+        Checkpoints(output / "checkpoints", config.keep, mine, state, optimizer, schedule, world)
+    ) as checkpoints:
+        progress = checkpoints.restore() or {"step": 0, "examples": 0, "metrics_bytes": 0}
+        examples = progress["examples"]
+        if world.rank == 0:
+            cut_metrics(path, progress["metrics_bytes"])
+        if progress["step"]:
+            world.print(f"goes on after update {progress['step']} of {last}")
+        else:
+            evaluate(0)
+        order = batches(len(pairs), config.batch_size, config.epochs, config.seed)
+        with world.bar(config.epochs * len(pairs), "train", initial=examples) as bar:
+            for step, batch in itertools.islice(enumerate(order, 1), progress["step"], None):
+                began = time.perf_counter()
+                rows = preference_gradients(config, step, batch, pairs, reference_logps, network, strength, world)
+                norm = clip_policy(network, config.max_grad_norm)
+                beta_norm = nn.utils.get_total_norm([p.grad for p in strength.parameters() if p.grad is not None])
+                # The one wait for the device in a step: everything that the host needs comes in one copy.
+                *flat, grad_norm, beta_grad_norm = torch.cat([rows.flatten(), norm[None], beta_norm[None]]).tolist()
+                values = np.array(flat).reshape(rows.shape)
+                stop = values[:, 6].any()
+                values = values[values[:, 0] >= 0, :6]
+                norms = [grad_norm, beta_grad_norm]
+                check_finite(values, norms, step, batch, pairs, strength, output / "diagnostics.json")
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                examples += len(batch)
+                metrics = row_metrics(values[:, 1:]) | {"grad_norm": grad_norm, "beta_grad_norm": beta_grad_norm}
+                metrics["examples_per_second"] = len(batch) / (time.perf_counter() - began)
+                if world.rank == 0:
+                    log_metrics(path, step, examples, "train", metrics, strength)
+                bar.update(len(batch))
+                bar.set_postfix(loss=f"{metrics['loss']:.4f}")
+                if step % eval_steps == 0 or step == last:
+                    evaluate(step)
+                if step % save_steps == 0 or step == last or stop:
+                    warn_of_drift(strength)
+                    size = sync_file(path) if world.rank == 0 else 0
+                    checkpoints.save(step, {"step": step, "examples": examples, "metrics_bytes": size})
+                if stop and step != last:
+                    checkpoints.wait()
+                    raise Interrupted(f"interrupted and saved after update {step}: the same command goes on")
+        checkpoints.wait()
     return strength
+
+
+def sync_file(path: Path) -> int:
+    """Makes it durable; returns its size."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+    return path.stat().st_size
+
+
+def cut_metrics(path: Path, size: int) -> None:
+    """Cuts off the lines that were written after the checkpoint: they will be written again."""
+    there = path.stat().st_size if path.exists() else 0
+    if there < size:
+        raise UserError(
+            f"{path} has {there} bytes, {size} when the checkpoint was made: restore it, or remove checkpoints/ beside "
+            "it to train again"
+        )
+    if there:
+        os.truncate(path, size)
+
+
+def warn_of_drift(strength: Strength) -> None:
+    for name, value in strength_values(strength).items():
+        if name != "loc" and not 1e-3 < value < 1e4:
+            say_once(
+                f"warning: {name} of the strength has drifted to {value:.3g}: lower --beta-lr, or 0 to keep it fixed"
+            )
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -1711,7 +2144,8 @@ def prepare(config: Config, tokenizer: Any, world: World) -> tuple[dict[str, Pai
     return splits, report
 
 
-def run(config: Config, world: World) -> None:
+def run(config: Config, world: World, lock: contextlib.ExitStack) -> None:
+    """The stages in their order; `lock` keeps the output directory until it is closed."""
     for name in ("batch_size", "eval_batch_size"):
         if getattr(config, name) % world.size:
             raise UserError(
@@ -1727,6 +2161,12 @@ def run(config: Config, world: World) -> None:
         raise UserError(
             f"--max-length {config.max_length} is beyond the {context} positions of {config.model}: lower it"
         )
+    if not config.micro_batch_tokens:
+        # A run that goes on keeps the size it started with: sums are rounded by micro-batch.
+        started = Path(config.output_dir) / "config.json"
+        tokens = read_json(started).get("micro_batch_tokens") if started.exists() else None
+        tokens = tokens or max(2 * config.max_length, micro_batch_tokens(architecture, parameters, world))
+        config = dataclasses.replace(config, micro_batch_tokens=tokens)
     splits, report = prepare(config, tokenizer, world)
     updates = config.epochs * math.ceil(len(splits["train"]) / config.batch_size)
     strength = make_strength(config)
@@ -1735,7 +2175,8 @@ def run(config: Config, world: World) -> None:
         f"{strength} {learned}; {config.model} ({architecture.model_type}, {parameters:,} parameters); "
         f"{config.dataset}: {len(splits['train']):,} pairs, {updates} updates of {config.batch_size}, "
         f"{len(splits['validation'])} held out; {world.size} x {world.device.type}; "
-        f"policy {config.policy_dtype}, reference {config.reference_dtype}"
+        f"policy {config.policy_dtype}, reference {config.reference_dtype}; micro-batches of "
+        f"{config.micro_batch_tokens:,} tokens"
     )
     world.print(f"data: {report['rows_read']:,} rows, {report['split']}; dropped: {counted(report['rows_dropped'])}")
     for name, counts in report["tokenised"].items():
@@ -1743,23 +2184,24 @@ def run(config: Config, world: World) -> None:
     examples = sft_examples(splits["train"])
     ready = has_sft(config, examples, tokenizer)
     dist.barrier()  # every rank has looked before rank 0 writes
-    if world.rank == 0:
-        claim_output_dir(config)
-        writable_directory("--sft-dir", Path(config.sft_dir).parent)
-        writable_directory("--reference-cache", Path(config.reference_cache).parent)
-        if Path(config.reference_cache).is_dir():
-            raise UserError(f"--reference-cache {config.reference_cache} is a directory: name a file")
-        write_json(Path(config.output_dir) / "data.json", report)
-    dist.barrier()
+    with world.rank_zero_first():
+        if world.rank == 0:
+            claim_output_dir(config, lock)
+            writable_directory("--sft-dir", Path(config.sft_dir).parent)
+            writable_directory("--reference-cache", Path(config.reference_cache).parent)
+            if Path(config.reference_cache).is_dir():
+                raise UserError(f"--reference-cache {config.reference_cache} is a directory: name a file")
+            write_json(Path(config.output_dir) / "data.json", report)
 
     if ready:
         world.print(f"SFT: taken from {config.sft_dir}")
     else:
         sft(config, model, tokenizer, examples, splits["train"], world)
-    reference = reference_pass(config, splits, world)
+    key = reference_key(config, splits)
+    reference = reference_pass(config, splits, key, world)
     gc.collect()
-    network = load_model(config.sft_dir, config.policy_dtype, world, splits["train"])
-    strength = train(config, splits, reference, network, world)
+    network = load_model(config.sft_dir, config.policy_dtype, world, splits["train"], **economies(config))
+    strength = train(config, splits, reference, key, network, world)
     output = Path(config.output_dir)
     export(network, tokenizer, output / "policy", world)
     if world.rank == 0:
@@ -1780,18 +2222,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_config(argv)
         quiet_libraries()
-        with start_processes() as world:
-            run(config, world)
+        with stop_signals(), start_processes() as world, contextlib.ExitStack() as lock:
+            run(config, world, lock)
     except UserError as e:
         return report_error("train.py", e, argv)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+            raise
+        print(
+            f"train.py: error: {e.filename or config.output_dir} cannot be written ({e.strerror}): make room and start "
+            "again, the run goes on from the last whole checkpoint",
+            file=sys.stderr,
+        )
+        return Unwritable.status
     except torch.OutOfMemoryError as e:
         # Of whatever rank: the others only see that it is gone.
         print(f"train.py: out of memory: lower --micro-batch-tokens ({str(e).splitlines()[0]})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            "train.py: interrupted; the SFT checkpoint and the reference log-probs are kept if whole", file=sys.stderr
-        )
+        print("train.py: stopped at once: the same command goes on from the last whole checkpoint", file=sys.stderr)
         return 130
     return 0
 
