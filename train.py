@@ -1432,7 +1432,8 @@ def load_model(
     Rank 0 alone reads the weights and sends them round. There it is checked on the longest of `pairs`, before sharding,
     that the model can share prompts.
     """
-    whole, shares = None, torch.ones((), device=world.device)
+    whole: nn.Module | None = None
+    shares = torch.ones((), device=world.device)
     with world.rank_zero_first():
         if world.rank == 0:
             whole = pretrained(model, seed).to(world.device)
@@ -1456,9 +1457,9 @@ def load_model(
     fully_shard(network, mesh=mesh, mp_policy=policy)
     network.to_empty(device=world.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(network, whole.state_dict() if whole else {}, options=options)
+    set_model_state_dict(network, {} if whole is None else whole.state_dict(), options=options)
     # The rotary frequencies are in no checkpoint: they too come from rank 0.
-    values = dict(whole.named_buffers()) if whole else {}
+    values = {} if whole is None else dict(whole.named_buffers())
     for name, buffer in network.named_buffers():
         if name in values:
             buffer.copy_(values[name])
@@ -1607,8 +1608,10 @@ class Checkpoints:
             ) from e
 
     def close(self) -> None:
-        """Leaves nothing running, also after an error; waits for nobody."""
-        self.thread.shutdown(wait=False, cancel_futures=True)
+        """After an error, too, what is being written is finished where it can be."""
+        with contextlib.suppress(UserError):
+            self.wait()
+        self.thread.shutdown()
 
 
 # --- SFT and the reference pass --------------------------------------------------------------------------------------
@@ -2074,7 +2077,7 @@ def train(
                 if step % eval_steps == 0 or step == last:
                     evaluate(step)
                 if step % save_steps == 0 or step == last or stop:
-                    warn_of_drift(strength)
+                    check_strength(strength, world)
                     size = sync_file(path) if world.rank == 0 else 0
                     checkpoints.save(step, {"step": step, "examples": examples, "metrics_bytes": size})
                 if stop and step != last:
@@ -2103,7 +2106,12 @@ def cut_metrics(path: Path, size: int) -> None:
         os.truncate(path, size)
 
 
-def warn_of_drift(strength: Strength) -> None:
+def check_strength(strength: Strength, world: World) -> None:
+    """Raises RuntimeError if ranks have come apart; warns, once, of parameters that have drifted far away."""
+    if parameters := list(strength.parameters()):
+        ranks = world.gather(torch.cat([p.detach() for p in parameters])[None])
+        if not (ranks == ranks[0]).all():
+            raise RuntimeError(f"the strength parameters differ between ranks: {ranks.tolist()}")
     for name, value in strength_values(strength).items():
         if name != "loc" and not 1e-3 < value < 1e4:
             say_once(
@@ -2246,4 +2254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == 130:
+        os._exit(status)  # at once: not after a checkpoint that is being written
+    sys.exit(status)

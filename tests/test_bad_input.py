@@ -4,6 +4,7 @@ Also where files that the commands wrote themselves were changed. What a hostile
 test_hostile.py.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -225,7 +226,7 @@ def test_places_are_tried_before_the_work(case, tmp_path, capfd):
 def test_batch_size_and_ranks(tmp_path):
     config = train.parse_config(["--preset", "tiny", "--output-dir", str(tmp_path)])
     with pytest.raises(train.UserError, match="--batch-size 64 is not a multiple of the 3 ranks"):
-        train.run(config, train.World(0, 3, torch.device("cpu")))
+        train.run(config, train.World(0, 3, torch.device("cpu")), contextlib.ExitStack())
 
 
 def policy(path: Path) -> str:
@@ -512,16 +513,16 @@ def test_what_breaks_a_line_is_escaped(tmp_path, capfd):
     check(train.main(["--preset", "tiny", "--dataset", data]), capfd.readouterr().err, "train.py", [r"pro\nmpt\x1b[2J"])
 
 
-def test_reference_cache_of_another_pass(tmp_path, monkeypatch):
-    config = train.parse_config(["--preset", "tiny", "--output-dir", str(tmp_path)])
-    pairs = train.Pairs([[1]], [[2]], [[3]], [0])
-    train.save_file({"train": train.np.zeros((1, 2))}, config.reference_cache, metadata={"weights": "w", "dtype": "x"})
-    world = train.World(0, 1, torch.device("cpu"))
-    with pytest.raises(train.UserError, match=r"reference.safetensors is of another pass \(.*weights 'w' there, "):
-        train.reference_pass(config, {"train": pairs}, world)
-    Path(config.reference_cache).write_bytes(b"half a fi")
+def test_reference_cache_of_another_pass(tmp_path):
+    cache = tmp_path / "reference.safetensors"
+    train.write_scores(cache, {"train": train.np.zeros((1, 2))}, {"weights": "w", "dtype": "x"})
+    with pytest.raises(
+        train.UserError, match=r"reference.safetensors is of another pass \(weights 'w' there, 'v' here\)"
+    ):
+        train.read_scores(cache, {"weights": "v", "dtype": "x"})
+    cache.write_bytes(b"half a fi")
     with pytest.raises(train.UserError, match="cannot be read"):
-        train.reference_pass(config, {"train": pairs}, world)
+        train.read_scores(cache, {})
 
 
 def test_unknown_split():

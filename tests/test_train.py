@@ -517,3 +517,7 @@ def test_nothing_is_stepped_on_a_bad_loss(monkeypatch, one_process, tmp_path):
     with pytest.raises(RuntimeError, match=r"update 1: loss or gradient is not finite.*rows with a bad loss: \[\d"):
         train.main([*SMALL, *shared, "--output-dir", str(tmp_path / "run")])
     assert not (tmp_path / "run" / "policy").exists()
+    saved = json.loads((tmp_path / "run" / "diagnostics.json").read_text())
+    assert (saved["step"], len(saved["rows"]), saved["concentration"]) == (1, 32, pytest.approx(2.0))
+    assert {row["loss"] for row in saved["rows"]} == {"nan"}
+    assert len({row["row"] for row in saved["rows"]}) == 32

@@ -133,17 +133,17 @@ def short(results: dict) -> str:
     return "\n".join(lines)
 
 
-def into_readme(results: dict, readme: Path) -> None:
+def into_readme(table: str, readme: Path, begin: str = BEGIN, end: str = END) -> None:
     """Replaces what stands between the two markers."""
     try:
         text = readme.read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
         raise UserError(f"--readme {readme} cannot be read ({e}): pass a Markdown file") from e
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserError(f"--readme {readme} has no {BEGIN} ... {END}: put both where the table should stand")
-    write(readme, f"{before}{BEGIN}\n{short(results)}\n{END}{after}")
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise UserError(f"--readme {readme} has no {begin} ... {end}: put both where the table should stand")
+    write(readme, f"{before}{begin}\n{table}\n{end}{after}")
 
 
 def show(name: str, entry: dict) -> None:
@@ -178,7 +178,7 @@ def verify() -> int:
     path = RESULTS / "verify.json"
     saved = read(path)
     if args.readme:
-        into_readme(saved, args.readme)
+        into_readme(short(saved), args.readme)
         return 0
     try:
         RESULTS.mkdir(exist_ok=True)
