@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import evaluate
 import train
 from tests.conftest import ROOT, metrics
 from tests.test_resume import FLAGS, assert_same_end, shared, start, wait_for, whole
@@ -140,6 +141,16 @@ def test_metrics_that_cannot_be_written(whole, tmp_path, capfd):
     (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
     assert train.main([*flags, "--micro-batch-tokens", "2048"]) == 1
     assert "metrics.jsonl cannot be written ([Errno 28] No space left on device): make room" in capfd.readouterr().err
+
+
+def test_answers_that_cannot_be_written(tmp_path):
+    part = tmp_path / "answers.jsonl.part0"
+    part.symlink_to("/dev/full")
+    with (
+        pytest.raises(train.Unwritable, match=r"part0 cannot be written \(.*No space left on device\)"),
+        evaluate.appending(part) as append,
+    ):
+        append({"id": "a"})
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
