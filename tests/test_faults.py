@@ -76,7 +76,7 @@ def before(monkeypatch, owner, name: str, call: int, action) -> None:
 
 FULL = {
     "cache": (train, "write_scores", 1, "reference.safetensors.part/train-000000000.safetensors"),
-    "whole cache": (train, "write_scores", 6, "reference.safetensors"),
+    "whole cache": (train, "write_scores", 7, "reference.safetensors"),
     "metrics": (train, "log_metrics", 1, "metrics.jsonl"),
     "first checkpoint": (train.Checkpoints, "save", 1, "checkpoints"),
     "third checkpoint": (train.Checkpoints, "save", 3, "checkpoints"),
@@ -261,7 +261,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(whole, tmp_path, capf
         assert train.main([*FLAGS, *flags]) == 2
         assert f"{what} is in use by another run" in capfd.readouterr().err
     first.kill()
-    first.wait()
+    first.communicate()
     assert train.main([*FLAGS, "--output-dir", str(run)]) == 0
     assert_same_end(run, whole)
 

@@ -216,7 +216,7 @@ def test_the_reference_pass_goes_on(whole, tmp_path, monkeypatch):
     flags = [*FLAGS, "--sft-dir", str(whole / "sft"), "--output-dir", str(tmp_path / "run")]
     with pytest.raises(Stop):
         train.main(flags)
-    parts = sorted((tmp_path / "run" / "reference.safetensors.part").iterdir())
+    parts = sorted((tmp_path / "run" / "reference.safetensors.part").glob("*.safetensors"))
     assert [p.name for p in parts] == [f"train-{i:09}.safetensors" for i in (0, 32, 64)]
     parts[1].write_bytes(parts[1].read_bytes()[:-1])
     scored.clear()
@@ -281,7 +281,7 @@ def test_kills_at_random_moments(whole, tmp_path):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=rng.uniform(4, 14))
         process.kill()
-        process.wait()
+        process.communicate()
         if process.returncode == 0:
             break
     else:
