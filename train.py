@@ -1406,12 +1406,12 @@ def start_processes() -> Iterator[World]:
     backend = "nccl" if cuda else "gloo"
     if cuda:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=device if cuda else None)
-    else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device if cuda else None
-        )
+    store, rank, size = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        # torchrun keeps its store when it starts ranks again: they would read the addresses of the dead. The count is
+        # the same for all ranks of one machine alone.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if cuda else None)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:

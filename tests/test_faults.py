@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -20,9 +21,9 @@ from safetensors.torch import load_file
 import evaluate
 import train
 from tests.conftest import ROOT, metrics
-from tests.test_resume import FLAGS, assert_same_end, shared, start, wait_for, whole
+from tests.test_resume import FLAGS, assert_same_end, shared, start, two_ranks, wait_for, whole
 
-__all__ = ["whole"]  # the fixture: the uninterrupted run
+__all__ = ["two_ranks", "whole"]  # fixtures: uninterrupted runs
 MIB = 2**20
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -75,11 +76,9 @@ def before(monkeypatch, owner, name: str, call: int, action) -> None:
 
 
 FULL = {
-    "cache": (train, "write_scores", 1, "reference.safetensors.part/train-000000000.safetensors"),
-    "whole cache": (train, "write_scores", 7, "reference.safetensors"),
+    "cache": (train, "write_scores", 7, "reference.safetensors"),
     "metrics": (train, "log_metrics", 1, "metrics.jsonl"),
-    "first checkpoint": (train.Checkpoints, "save", 1, "checkpoints"),
-    "third checkpoint": (train.Checkpoints, "save", 3, "checkpoints"),
+    "checkpoint": (train.Checkpoints, "save", 3, "checkpoints"),
     "export": (train, "export", 1, "policy"),
 }
 
@@ -102,7 +101,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_is_taken_for_whole(
     (small_disk / "filler").unlink()
     monkeypatch.undo()
     assert train.main(flags) == 0
-    if moment == "third checkpoint":
+    if moment == "checkpoint":
         assert "goes on after update 2 of 8" in capfd.readouterr().out
     assert_same_end(run, whole)
 
@@ -156,8 +155,10 @@ def test_answers_that_cannot_be_written(tmp_path):
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["loss", "policy's gradient", "strength's gradient"])
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [("loss", math.nan), ("loss", math.inf), ("policy's gradient", math.inf), ("strength's gradient", math.nan)],
+)
 def test_what_is_not_finite_stops_before_the_step(where, value, whole, tmp_path, monkeypatch, capsys, record_property):
     run = tmp_path / "run"
     flags = [*FLAGS, *shared(whole), "--output-dir", str(run)]
@@ -316,6 +317,24 @@ def test_torchrun_stopped_saves_and_another_number_of_ranks_goes_on(whole, tmp_p
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), (a["step"], name)
 
 
+def test_ranks_started_again_do_not_look_for_the_dead(tmp_path):
+    """Rank 0 comes half a minute late: longer than rank 1 would try the address of its predecessor."""
+    changed = script(
+        tmp_path,
+        "import os, torch.distributed as dist",
+        "again, rank = os.environ['TORCHELASTIC_RESTART_COUNT'] == '1', os.environ['RANK']",
+        "time.sleep(30 if again and rank == '0' else 0)",
+        "with train.start_processes() as world:",
+        "    dist.barrier()",
+        "    if not again:",
+        "        os._exit(1) if rank == '1' else time.sleep(600)",
+        "sys.exit(0)",
+    )
+    process = launch(*TORCHRUN, "--standalone", "--nproc_per_node", "2", "--max-restarts", "1", changed)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+
+
 def test_when_a_rank_dies_the_others_stop_with_its_name(whole, tmp_path, record_property):
     run = tmp_path / "run"
     flags = [*FLAGS, *shared(whole), "--output-dir", str(run)]
@@ -332,31 +351,23 @@ def test_when_a_rank_dies_the_others_stop_with_its_name(whole, tmp_path, record_
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
-def test_two_nodes_of_which_one_is_killed_and_started_again(whole, tmp_path):
+def test_two_nodes_of_which_one_is_killed_and_started_again(whole, two_ranks, tmp_path):
     """Two torchrun agents on loopback; the run ends as two ranks undisturbed do."""
-    plain, run = tmp_path / "plain", tmp_path / "run"
+    run = tmp_path / "run"
     flags = [*FLAGS, *shared(whole), "--output-dir"]
-    done = launch(*TORCHRUN, "--standalone", "--nproc_per_node", "2", "train.py", *flags, str(plain))
-    said, _ = done.communicate(timeout=240)
-    assert done.returncode == 0, said
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    node = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
-    node += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "train.py", *flags, str(run)]
-    first = launch(*node)
-    while first.poll() is None:  # the first to listen keeps the store, and has to live
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            break
-    second = launch(*node)
+    node = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "3"]
+    node += ["--master-addr", "127.0.0.1", "--master-port", str(port), "--node-rank"]
+    first, second = (launch(*node, rank, "train.py", *flags, str(run)) for rank in "01")
     wait_for(first, run / "checkpoints" / "step-00000002" / "manifest.json")
     ranks = children(second)
-    second.kill()
-    for rank in ranks:
-        os.kill(rank, signal.SIGKILL)
+    for victim in (second.pid, *ranks):
+        os.kill(victim, signal.SIGKILL)
     second.communicate()
-    again = launch(*node)
+    again = launch(*node, "1", "train.py", *flags, str(run))
     said = [process.communicate(timeout=240)[0] for process in (first, again)]
     assert (first.returncode, again.returncode) == (0, 0), said
     assert "goes on after update " in said[0] + said[1]
-    assert_same_end(run, plain)
+    assert_same_end(run, two_ranks)

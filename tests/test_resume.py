@@ -22,7 +22,7 @@ from tests.conftest import ROOT, SMALL, metrics, run_command
 FLAGS = [*SMALL, "--dist", "gamma", "--epochs", "2", "--save-every", "32"]  # 8 updates, a checkpoint after each
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory) -> Path:
     """The uninterrupted run."""
     run = tmp_path_factory.mktemp("whole") / "run"
@@ -32,6 +32,15 @@ def whole(tmp_path_factory) -> Path:
 
 def shared(whole: Path) -> list[str]:
     return ["--sft-dir", str(whole / "sft"), "--reference-cache", str(whole / "reference.safetensors")]
+
+
+@pytest.fixture(scope="session")
+def two_ranks(whole, tmp_path_factory) -> Path:
+    """The uninterrupted run of two ranks."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    done = run_command("train.py", *FLAGS, *shared(whole), "--output-dir", str(run), processes=2)
+    assert done.returncode == 0, done.stderr
+    return run
 
 
 def assert_same_end(run: Path, whole: Path) -> None:
@@ -310,11 +319,9 @@ def test_no_space_is_one_line_and_the_last_checkpoint_is_whole(whole, tmp_path):
     assert_same_end(run, whole)
 
 
-def test_a_rank_killed_and_restarted_by_torchrun(whole, tmp_path):
+def test_a_rank_killed_and_restarted_by_torchrun(whole, two_ranks, tmp_path):
     """With --max-restarts torchrun starts all ranks again, and the run goes on to the end of an undisturbed one."""
-    plain, run = tmp_path / "plain", tmp_path / "run"
-    done = run_command("train.py", *FLAGS, *shared(whole), "--output-dir", str(plain), processes=2)
-    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = subprocess.Popen(
         [*launcher, "--max-restarts", "1", "train.py", *FLAGS, *shared(whole), "--output-dir", str(run)],
@@ -327,4 +334,4 @@ def test_a_rank_killed_and_restarted_by_torchrun(whole, tmp_path):
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert "goes on after update " in said
-    assert_same_end(run, plain)
+    assert_same_end(run, two_ranks)

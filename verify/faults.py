@@ -64,7 +64,7 @@ def result_of(run: Path) -> tuple[Any, ...]:
 def kill_until_done(run: Path, stage: str, pattern: str | None, kills: int, seconds: float, rng: random.Random) -> int:
     """Kills the run up to `kills` times in this stage, and lets it end; returns how often it was killed."""
     done = 0
-    while True:
+    while not (run / "strength.json").exists():  # else it was killed after its end
         seen = set(run.glob(pattern)) if pattern else set()
         process, began, moment = start(*RUN, "--output-dir", str(run)), time.monotonic(), rng.uniform(1, seconds)
         while process.poll() is None:
@@ -76,10 +76,9 @@ def kill_until_done(run: Path, stage: str, pattern: str | None, kills: int, seco
                 break
             time.sleep(0.001)
         _, said = process.communicate()
-        if (run / "strength.json").exists():  # the last file: a kill after it finds the run finished
-            return done
         if process.returncode > 0:
             raise SystemExit(f"{stage}: a run ended by itself: {said}")
+    return done
 
 
 def measure_kills(kills: int) -> list[dict[str, Any]]:
@@ -278,9 +277,9 @@ def main() -> int:
         "soak": lambda: soak(args.updates),
     }
     path = RESULTS / "faults.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if args.only and path.exists() else {}
     for name in [args.only] if args.only else parts:
-        result[name] = parts[name]()
+        part = {name: parts[name]()}
+        result = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | part
         write(path, json.dumps(result, indent=1) + "\n")
         write(RESULTS / "faults.md", markdown(result))
     print(markdown(result))
