@@ -11,6 +11,7 @@ Exit status: 0, or 1 if a run did not end as the undisturbed one or a test faile
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -21,9 +22,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -92,7 +93,7 @@ def measure_kills(kills: int) -> list[dict[str, Any]]:
         whole, rng = result_of(Path(folder, "whole")), random.Random(0)
         stages: dict[str, str | None] = {"at a random moment": None} | STAGES
         for stage, pattern in stages.items():
-            wanted = kills // 2 if pattern is None else max(1, kills // 2 // len(STAGES))
+            wanted = kills // 2 if pattern is None else math.ceil(kills / 2 / len(STAGES))
             row = {"fault": f"SIGKILL {stage}", "injections": 0, "runs": 0, "equal": 0}
             while row["injections"] < wanted:
                 run = Path(folder, f"run{len(rows)}-{row['runs']}")
@@ -106,27 +107,22 @@ def measure_kills(kills: int) -> list[dict[str, Any]]:
     return rows
 
 
-class Cases:
-    """Of each test that ran: its cases, how many passed or were skipped, and a message that it saw."""
-
-    def __init__(self) -> None:
-        self.tests: dict[str, dict[str, Any]] = {}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        name = report.nodeid.split("::")[1].split("[")[0].removeprefix("test_").replace("_", " ")
-        row = self.tests.setdefault(name, {"cases": 0, "passed": 0, "skipped": 0, "message": ""})
-        row["message"] = row["message"] or dict(report.user_properties).get("message", "")
-        # A failure to set up is a case that did not pass.
-        if report.when == "call" or (report.when == "setup" and not report.passed):
-            row["cases"] += 1
-            row["passed"] += report.passed
-            row["skipped"] += report.skipped
-
-
 def measure_tests() -> dict[str, dict[str, Any]]:
-    cases = Cases()
-    pytest.main(["-q", "tests/test_faults.py", "tests/test_resume.py"], plugins=[cases])
-    return cases.tests
+    """Of each test: its cases, how many passed or were skipped, and a message that it saw."""
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        tests = ["tests/test_faults.py", "tests/test_resume.py"]
+        subprocess.run([sys.executable, "-m", "pytest", "-q", "--show-capture=no", f"--junit-xml={report}", *tests])
+        for case in ElementTree.parse(report).iter("testcase"):
+            name = case.attrib["name"].split("[")[0].removeprefix("test_").replace("_", " ")
+            row = rows.setdefault(name, {"cases": 0, "passed": 0, "skipped": 0, "message": ""})
+            row["cases"] += 1
+            row["skipped"] += (skipped := case.find("skipped") is not None)
+            row["passed"] += not skipped and case.find("failure") is None and case.find("error") is None
+            for entry in case.iter("property"):
+                row["message"] = row["message"] or entry.attrib["value"]
+    return rows
 
 
 def measure_cost(repeats: int = 5) -> list[dict[str, Any]]:
