@@ -14,7 +14,8 @@ lost; SFT on the chosen responses (once per model and data set, share it with --
 model, whose log-probs are cached (share them with --reference-cache); training of the policy; export.
 
 A run leaves in --output-dir: config.json (every flag), data.json (rows read, dropped, truncated, and why),
-metrics.jsonl (one object a line), reference.safetensors, policy/ (loads with from_pretrained), strength.json.
+metrics.jsonl (one object a line), reference.safetensors, checkpoints/, policy/ (loads with from_pretrained) and
+strength.json. The same command again goes on with a run that was interrupted; status 75 says that it can.
 
 Every rank is a process under FSDP2, also when there is only one, so that there is one code path. Data order and Monte
 Carlo draws are functions of the seed and the position in the data: they do not depend on the number of ranks.
@@ -210,9 +211,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def report_error(program: str, error: UserError, argv: Sequence[str] | None) -> int:
-    """Prints a mistake as one line, after its traceback with --debug; returns the exit status."""
-    if os.environ.get("RANK", "0") == "0":
+def report_error(program: str, error: UserError | OSError, argv: Sequence[str] | None) -> int:
+    """Prints a mistake, or a disk that takes no more, as one line, after its traceback with --debug; returns the exit
+    status. Raises any other OSError."""
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, OSError):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+            raise error
+        place, rank = error.filename or "a file", "0"  # other ranks do not know of it
+        error = Unwritable(f"{place} cannot be read or written ({error.strerror}): mend that and start again")
+    if rank == "0":
         if "--debug" in (sys.argv if argv is None else argv):
             traceback.print_exception(error)
         print(f"{program}: {'' if error.status == 75 else 'error: '}{printable(str(error))}", file=sys.stderr)
@@ -320,8 +328,7 @@ def writing(path: Path) -> Iterator[None]:
         if not isinstance(e, (OSError, CheckpointException)) and "(os error " not in str(e):
             raise
         raise Unwritable(
-            f"{path} cannot be written ({str(e).strip().splitlines()[-1]}): make room and start again, the run goes on "
-            "from the last whole checkpoint"
+            f"{path} cannot be written ({str(e).strip().splitlines()[-1]}): make room and start again, the run goes on"
         ) from e
 
 
@@ -406,7 +413,7 @@ def claim_output_dir(config: Config, lock: contextlib.ExitStack) -> None:
                     f"--output-dir {path} holds this run, unfinished: leave out --no-resume to go on with it, "
                     "or choose another directory"
                 )
-        elif path.exists() and any(p.name not in ("sft", "lock") for p in path.iterdir()):
+        elif path.exists() and any(p.name not in ("sft", "lock", "config.json.tmp") for p in path.iterdir()):
             raise UserError(f"--output-dir {path} is not empty and holds no config.json: choose another directory")
         hold("--output-dir", path, lock)
         write_json(path / "config.json", dataclasses.asdict(config))
@@ -1377,15 +1384,15 @@ class World:
     @contextlib.contextmanager
     def rank_zero_first(self) -> Iterator[None]:
         """Rank 0 goes ahead (and fills the caches), the others follow, or raise what it raised for the user."""
-        problem: list[str | None] = [None]
+        problem: list[UserError | None] = [None]
         if self.rank:
             dist.broadcast_object_list(problem, 0)
             if problem[0]:
-                raise UserError(problem[0])
+                raise problem[0]
         try:
             yield
         except UserError as e:
-            problem = [str(e)]
+            problem = [e]
             raise
         finally:
             if not self.rank:
@@ -1400,12 +1407,12 @@ def start_processes() -> Iterator[World]:
     backend = "nccl" if cuda else "gloo"
     if cuda:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=device if cuda else None)
-    else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device if cuda else None
-        )
+    store, rank, size = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        # torchrun keeps its store when it starts ranks again: they would read the addresses of the dead. The count is
+        # the same for all ranks of one machine alone.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if cuda else None)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
@@ -1501,19 +1508,18 @@ def export(
 ) -> None:
     """Whole float32 weights as safetensors, with the tokenizer: what from_pretrained reads; and sft.json for SFT."""
     state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if world.rank == 0:
-        aside = path.with_name(path.name + ".tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        # A plain instance: fully_shard has renamed the class of `network`, and the name would go into config.json.
-        with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(network.config, dtype=torch.float32)
-        with writing(path):
+    with world.rank_zero_first(), writing(path):
+        if world.rank == 0:
+            aside = path.with_name(path.name + ".tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            # A plain instance: fully_shard has renamed the class of `network`, and the name would go into config.json.
+            with torch.device("meta"):
+                plain = AutoModelForCausalLM.from_config(network.config, dtype=torch.float32)
             plain.save_pretrained(aside, state_dict=state)
             tokenizer.save_pretrained(aside)
             if sft_record:
                 write_json(aside / "sft.json", sft_record)
             publish(aside, path)
-    dist.barrier()
 
 
 # --- checkpoints: an interrupted run, started again, ends bit for bit where an uninterrupted one does ----------------
@@ -1551,7 +1557,9 @@ class Checkpoints:
         self, path: Path, keep: int, key: dict[str, Any], module: nn.Module, optimizer: Any, schedule: Any, world: World
     ) -> None:
         self.path, self.keep, self.world = path, keep, world
-        self.key = key | {"torch": torch.__version__, "transformers": transformers.__version__}
+        # numpy's generators, which order the data, may change with its version.
+        versions = {library.__name__: library.__version__ for library in (torch, transformers, np)}
+        self.key = key | versions
         self.module, self.optimizer, self.schedule = module, optimizer, schedule
         self.group = dist.new_group(backend="gloo")  # its own: it communicates while the loop does
         self.thread = ThreadPoolExecutor(1)
@@ -1562,10 +1570,12 @@ class Checkpoints:
         for folder in sorted(self.path.glob("step-" + 8 * "[0-9]"), reverse=True):
             try:
                 manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+                if manifest.pop("digest") != digest(manifest):
+                    raise ValueError("manifest.json has changed")
                 for name, known in manifest["files"].items():
                     if file_hash(folder / name) != known:
                         raise ValueError(f"{name} has changed")
-            except (OSError, ValueError, KeyError) as e:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
                 self.world.print(f"checkpoint {folder} is not whole ({e}): not used")
                 continue
             if manifest["key"] != self.key:
@@ -1614,8 +1624,8 @@ class Checkpoints:
     def finish(self, written: Future, aside: Path, manifest: dict[str, Any]) -> None:
         """On rank 0, in the background."""
         written.result()
-        files = {p.name: file_hash(p) for p in sorted(aside.iterdir())}
-        write_json(aside / "manifest.json", manifest | {"files": files})
+        manifest["files"] = {p.name: file_hash(p) for p in sorted(aside.iterdir())}
+        write_json(aside / "manifest.json", manifest | {"digest": digest(manifest)})
         place = self.path / manifest["name"]
         publish(aside, place)
         # Those with a later number were not whole when the run was started.
@@ -1874,10 +1884,10 @@ def reference_pass(
             found.append(values)
         scores[name] = np.concatenate(found)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    if world.rank == 0:
-        write_scores(path, scores, key)
-        shutil.rmtree(parts)
-    dist.barrier()
+    with world.rank_zero_first():
+        if world.rank == 0:
+            write_scores(path, scores, key)
+            shutil.rmtree(parts)
     world.print(f"reference: {sum(map(len, splits.values())):,} pairs scored once")
     return scores
 
@@ -2067,8 +2077,9 @@ def train(
     ) as checkpoints:
         progress = checkpoints.restore() or {"step": 0, "examples": 0, "metrics_bytes": 0}
         examples = progress["examples"]
-        if world.rank == 0:
-            cut_metrics(path, progress["metrics_bytes"])
+        with world.rank_zero_first():
+            if world.rank == 0:
+                cut_metrics(path, progress["metrics_bytes"])
         if progress["step"]:
             world.print(f"goes on after update {progress['step']} of {last}")
         else:
@@ -2219,6 +2230,8 @@ def run(config: Config, world: World, lock: contextlib.ExitStack) -> None:
             # What runs share is made by one of them at a time.
             if not ready:
                 hold("--sft-dir", unfinished(config.sft_dir), lock)
+                if has_sft(config, examples, tokenizer):
+                    raise UserError(f"--sft-dir {config.sft_dir} has just been made by another run: start again")
             if not Path(config.reference_cache).exists():
                 hold("--reference-cache", unfinished(config.reference_cache), lock)
             write_json(Path(config.output_dir) / "data.json", report)
@@ -2254,17 +2267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         quiet_libraries()
         with stop_signals(), start_processes() as world, contextlib.ExitStack() as lock:
             run(config, world, lock)
-    except UserError as e:
+    except (UserError, OSError) as e:
         return report_error("train.py", e, argv)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
-            raise
-        print(
-            f"train.py: error: {e.filename or config.output_dir} cannot be written ({e.strerror}): make room and start "
-            "again, the run goes on from the last whole checkpoint",
-            file=sys.stderr,
-        )
-        return Unwritable.status
     except torch.OutOfMemoryError as e:
         # Of whatever rank: the others only see that it is gone.
         print(f"train.py: out of memory: lower --micro-batch-tokens ({str(e).splitlines()[0]})", file=sys.stderr)

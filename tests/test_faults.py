@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import evaluate
 import train
 from tests.conftest import ROOT, metrics
 from tests.test_resume import FLAGS, assert_same_end, shared, start, two_ranks, wait_for, whole
@@ -139,6 +140,16 @@ def test_metrics_that_cannot_be_written(whole, tmp_path, capfd):
     (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
     assert train.main([*flags, "--micro-batch-tokens", "2048"]) == 1
     assert "metrics.jsonl cannot be written ([Errno 28] No space left on device): make room" in capfd.readouterr().err
+
+
+def test_answers_that_cannot_be_written(tmp_path):
+    part = tmp_path / "answers.jsonl.part0"
+    part.symlink_to("/dev/full")
+    with (
+        pytest.raises(train.Unwritable, match=r"part0 cannot be written \(.*No space left on device\)"),
+        evaluate.appending(part) as append,
+    ):
+        append({"id": "a"})
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -304,6 +315,24 @@ def test_torchrun_stopped_saves_and_another_number_of_ranks_goes_on(whole, tmp_p
         assert a.keys() == b.keys()
         for name in [n for n in a if "accuracies" not in n and n != "train/examples_per_second"]:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), (a["step"], name)
+
+
+def test_ranks_started_again_do_not_look_for_the_dead(tmp_path):
+    """Rank 0 comes half a minute late: longer than rank 1 would try the address of its predecessor."""
+    changed = script(
+        tmp_path,
+        "import os, torch.distributed as dist",
+        "again, rank = os.environ['TORCHELASTIC_RESTART_COUNT'] == '1', os.environ['RANK']",
+        "time.sleep(30 if again and rank == '0' else 0)",
+        "with train.start_processes() as world:",
+        "    dist.barrier()",
+        "    if not again:",
+        "        os._exit(1) if rank == '1' else time.sleep(600)",
+        "sys.exit(0)",
+    )
+    process = launch(*TORCHRUN, "--standalone", "--nproc_per_node", "2", "--max-restarts", "1", changed)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
 
 
 def test_when_a_rank_dies_the_others_stop_with_its_name(whole, tmp_path, record_property):
