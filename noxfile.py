@@ -1,5 +1,5 @@
 """The project's commands: `pip install nox`, then `nox -s demo`, `tests`, `lint`, `verify`, `interop`, `judge`,
-`bench`.
+`bench`, `faults`.
 
 Each session has its own environment under .nox/, installed once from the pinned groups of pyproject.toml.
 """
