@@ -2184,8 +2184,8 @@ def prepare(config: Config, tokenizer: Any, world: World) -> tuple[dict[str, Pai
     return splits, report
 
 
-def run(config: Config, world: World, lock: contextlib.ExitStack) -> None:
-    """The stages in their order; `lock` keeps the output directory until it is closed."""
+def run(config: Config, world: World, held: contextlib.ExitStack) -> None:
+    """The stages in their order; `held` keeps the locks, and the handlers of signals, until it is closed."""
     for name in ("batch_size", "eval_batch_size"):
         if getattr(config, name) % world.size:
             raise UserError(
@@ -2226,20 +2226,21 @@ def run(config: Config, world: World, lock: contextlib.ExitStack) -> None:
     dist.barrier()  # every rank has looked before rank 0 writes
     with world.rank_zero_first():
         if world.rank == 0:
-            claim_output_dir(config, lock)
+            claim_output_dir(config, held)
             writable_directory("--sft-dir", Path(config.sft_dir).parent)
             writable_directory("--reference-cache", Path(config.reference_cache).parent)
             if Path(config.reference_cache).is_dir():
                 raise UserError(f"--reference-cache {config.reference_cache} is a directory: name a file")
             # What runs share is made by one of them at a time.
             if not ready:
-                hold("--sft-dir", unfinished(config.sft_dir), lock)
+                hold("--sft-dir", unfinished(config.sft_dir), held)
                 if has_sft(config, examples, tokenizer):
                     raise UserError(f"--sft-dir {config.sft_dir} has just been made by another run: start again")
             if not Path(config.reference_cache).exists():
-                hold("--reference-cache", unfinished(config.reference_cache), lock)
+                hold("--reference-cache", unfinished(config.reference_cache), held)
             write_json(Path(config.output_dir) / "data.json", report)
 
+    held.enter_context(stop_signals())  # until here nothing had to be saved
     if ready:
         world.print(f"SFT: taken from {config.sft_dir}")
     else:
@@ -2269,14 +2270,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_config(argv)
         quiet_libraries()
-        with stop_signals(), start_processes() as world, contextlib.ExitStack() as lock:
-            run(config, world, lock)
+        with start_processes() as world, contextlib.ExitStack() as held:
+            run(config, world, held)
     except (UserError, OSError) as e:
         return report_error("train.py", e, argv)
     except torch.OutOfMemoryError as e:
         # Of whatever rank: the others only see that it is gone.
         print(f"train.py: out of memory: lower --micro-batch-tokens ({str(e).splitlines()[0]})", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before stop_signals
+        if os.environ.get("RANK", "0") == "0":
+            print("train.py: interrupted before the training: nothing was lost", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -138,6 +138,16 @@ def test_a_sound_model_passes(small):
     assert train.check_model(str(small), train.byte_tokenizer())[1] == 4600
 
 
+def test_weights_under_other_names_are_not_made_up(small):
+    """As many values as the model needs, so that nothing but their names is wrong."""
+    path = small / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.scale"] = weights.pop("model.norm.weight")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(train.UserError, match=r"files hold no model\.norm\.weight \(1 missing\)"):
+        train.pretrained(str(small))
+
+
 # --- text
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -188,13 +189,19 @@ def test_transient_faults_lose_nothing(fault, tmp_path, capsys):
 
 
 def test_retry_after_is_waited_for(tmp_path, monkeypatch):
-    waits = []
+    waits, own, wait = [], threading.get_ident(), threading.Event.wait
+
+    def record(event, seconds=None):  # the server's threads and tqdm's monitor wait too
+        return waits.append(seconds) if threading.get_ident() == own else wait(event, seconds)
+
     with serve({"prompt 0000": ["429 soon", "500"]}) as server:
-        monkeypatch.setattr(evaluate.threading.Event, "wait", lambda _, s=None: waits.append(s))
+        monkeypatch.setattr(threading.Event, "wait", record)
         connected = evaluate.connect("--judge-url", server.url, "judge", "OPENAI_API_KEY")
         messages = evaluate.fill(evaluate.TEMPLATE, {"instruction": "prompt 0000", "first": "a", "second": "bb"})
         evaluate.judge_once(connected, messages)
-    waits = [w for w in waits if w is not None and w != 0.02]
+        monkeypatch.undo()
+        connected.client.close()
+    assert len(waits) == 2
     assert 0.2 + 0.005 <= waits[0] <= 0.2 + 0.01
     assert 0.01 <= waits[1] <= 0.02
 

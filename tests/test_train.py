@@ -1,6 +1,7 @@
 """train.py against its oracles: hand-made rows, plain Hugging Face forwards, single-process runs."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import math
@@ -30,6 +31,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import train
 from tests.conftest import SMALL, metrics, run_command
@@ -219,6 +221,37 @@ def test_micro_batches_sum_to_the_whole_batch():
             found.append([*gradients, train.clip_policy(network, 1.0)])
     for whole, parts in zip(*found, strict=True):
         assert (parts - whole).norm() < 1e-6 * whole.norm()
+
+
+@pytest.mark.parametrize("economy", ["activation_checkpointing", "compile_blocks"])
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning"
+)  # dynamo's own
+def test_economies_leave_the_gradients_alone(economy, monkeypatch):
+    pairs, found, seen = random_pairs(), [], []
+    forward, compile_module = LlamaDecoderLayer.forward, torch.nn.Module.compile
+
+    def count(self, *args, **kwargs):
+        seen.append("forward")
+        return forward(self, *args, **kwargs)
+
+    def backend(graph, inputs):
+        seen.append("graph")
+        return graph.forward
+
+    if economy == "activation_checkpointing":
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", count)
+    # What dynamo captures, without the minutes of inductor.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=backend, **kw))
+    with train.start_processes() as world:
+        for chosen in ({}, {economy: True}):
+            network = train.load_model("tiny", "float32", world, pairs, **chosen)
+            seen.clear()
+            loss = functools.partial(train.score_pairs, network, pairs, device="cpu")
+            train.backward_in_parts(network, [range(7)], lambda part, loss=loss: loss(part).sum())
+            found.append([p.grad.full_tensor() for p in network.parameters()])
+    assert seen == ["forward"] * 8 if economy == "activation_checkpointing" else "graph" in seen  # of four blocks
+    assert relative(found[1], found[0]) < 1e-5
 
 
 def test_logps_of_a_model_known_by_hand():
