@@ -243,7 +243,13 @@ def describe(plan: dict[str, Any], seeds: list[int]) -> str:
     for name, trial in plan["trials"].items():
         disk = (len(CONFIGURATIONS) + 1) * trial["policy_bytes"] / 1e9
         run = duration(trial["start_seconds"] + trial["run_seconds"])
-        numbers = (f"{trial['pairs']:,}", f"{trial['updates']:,}", run, duration(trial["sft_seconds"]), f"{disk:.2f} GB")
+        numbers = (
+            f"{trial['pairs']:,}",
+            f"{trial['updates']:,}",
+            run,
+            duration(trial["sft_seconds"]),
+            f"{disk:.2f} GB",
+        )
         rows.append((name, *numbers))
     total = estimates(plan)
     runs = len(plan["trials"]) * len(seeds) * len(CONFIGURATIONS)
