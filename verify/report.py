@@ -9,7 +9,6 @@ from its width, which leaves out how much training itself varies; quantities wit
 is never judged without an interval.
 """
 
-import argparse
 import base64
 import html
 import itertools
@@ -59,9 +58,9 @@ class Measured(NamedTuple):
     def interval(self, level: float = 0.95) -> tuple[float, float] | None:
         n = len(self.values)
         if n > 1:
-            half = stdtrit(n - 1, (1 + level) / 2) * statistics.stdev(self.values) / math.sqrt(n)
+            half = float(stdtrit(n - 1, (1 + level) / 2)) * statistics.stdev(self.values) / math.sqrt(n)
         elif self.error is not None:
-            half = ndtri((1 + level) / 2) * self.error
+            half = float(ndtri((1 + level) / 2)) * self.error
         else:
             return None
         return self.mean - half, self.mean + half
@@ -620,7 +619,7 @@ def draw(data: dict[str, Any], output: Path, runs: Path) -> list[tuple[str, str]
 
 
 def draw_trajectories(plt: Any, by_column: dict[Column, list[dict[str, Any]]], output: Path) -> list[tuple[str, str]]:
-    """Figs. 4 and 7: a row a model, a panel a distribution, a line a data set; thin lines the seeds, thick their mean."""
+    """Figs. 4 and 7: a row a model, a panel a distribution, a line a data set (thin: seeds)."""
     models = list(dict.fromkeys(model for _, model in by_column))
     colors = {
         d: evaluate.COLORS[i % len(evaluate.COLORS)] for i, d in enumerate(dict.fromkeys(d for d, _ in by_column))
@@ -739,9 +738,9 @@ def blocks_of(data: dict[str, Any], found: list[Statement], figures: list[tuple[
         ("h1", f"Reproduction at scale `{plan['scale']}`"),
         (
             "p",
-            f"{', '.join(plan['models'])} on {', '.join(plan['datasets'])}; {seeds} seed(s), {len(data['cells'])} SFT runs, "
-            f"{sum(len(c['runs']) for c in data['cells'].values())} preference runs. Intervals are 95 %: {span}. Every "
-            "number is in report.json.",
+            f"{', '.join(plan['models'])} on {', '.join(plan['datasets'])}; {seeds} seed(s), "
+            f"{len(data['cells'])} SFT runs, {sum(len(c['runs']) for c in data['cells'].values())} "
+            f"preference runs. Intervals are 95 %: {span}. Every number is in report.json.",
         ),
         ("h2", "Statements of the paper"),
         ("p", scope(plan)),
@@ -832,7 +831,7 @@ def as_markdown(blocks: list[Block]) -> str:
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>MixDPO: reproduction</title><style>body{{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;
-padding:0 1rem;color:#222}}table{{border-collapse:collapse;font-size:.82rem;display:block;overflow-x:auto;margin:1rem 0}}
+padding:0 1rem;color:#222}}table{{border-collapse:collapse;font-size:.82rem;display:block;overflow-x:auto}}
 td,th{{border-bottom:1px solid #ddd;padding:.25rem .6rem;text-align:left;vertical-align:top}}th{{background:#f5f5f5}}
 img{{max-width:100%}}figcaption{{font-size:.9rem;color:#555}}figure{{margin:1.5rem 0}}pre{{overflow-x:auto;
 background:#f5f5f5;padding:1rem;font-size:.8rem}}h3{{font-size:1rem;margin-bottom:0}}</style>{body}</html>

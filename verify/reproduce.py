@@ -480,7 +480,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None, launch: Launch = start) -> int:
-    from verify import report
+    from verify import report  # which reads what this module describes
 
     try:
         args = parse(argv)
