@@ -1758,7 +1758,7 @@ def common(flag: Any, url: str) -> None:
 
 
 HUGE = 2**62
-RANGES = {"pairs": (2, HUGE), "prompts": (1, HUGE), "seed": (0, HUGE), "micro_batch_tokens": (1, HUGE)}
+RANGES = {"pairs": (2, HUGE), "prompts": (1, HUGE), "seed": (0, HUGE), "micro_batch_tokens": (0, HUGE)}
 RANGES |= {"min_group": (1, HUGE), "max_new_tokens": (1, HUGE), "batch_size": (1, HUGE), "concurrency": (1, 1000)}
 
 

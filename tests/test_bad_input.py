@@ -270,8 +270,8 @@ MARGINS: dict[str, tuple[Callable, list[str]]] = {
     "baseline": (lambda d: ["--policy", policy(d / "r"), "--baseline", f"{d}/none"], ["none", "config.json"]),
     "seed": (lambda d: ["--policy", policy(d / "r"), "--seed", "-1"], ["--seed", "at least 0", "-1"]),
     "tokens": (
-        lambda d: ["--policy", policy(d / "r"), "--micro-batch-tokens", "0"],
-        ["--micro-batch-tokens", "1", "0"],
+        lambda d: ["--policy", policy(d / "r"), "--micro-batch-tokens", "-1"],
+        ["--micro-batch-tokens", "at least 0", "-1"],
     ),
     "attribute": (
         lambda d: ["--policy", policy(d / "r"), "--by", "age"],

@@ -33,13 +33,14 @@ def in_process(command: list[str], log: Path) -> int:
 
 @pytest.fixture(scope="session")
 def small_grid():
-    """Three configurations, two data sets, so that a grid takes seconds."""
+    """Four configurations, two data sets, few pairs, so that a grid takes seconds."""
     patch = pytest.MonkeyPatch()
     names = ("dpo", "dpo-matched", "gamma-1e-4", "lognormal-1e-4")
     for name in set(reproduce.CONFIGURATIONS) - set(names):
         patch.delitem(reproduce.CONFIGURATIONS, name)
     scale = reproduce.Scale(["tiny"], ["demo-0", "demo-1.5"], SMALL, "for tests")
     patch.setitem(reproduce.SCALES, "tiny", scale)
+    patch.setattr(reproduce, "HELD_OUT", 48)
     yield
     patch.undo()
 
