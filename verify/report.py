@@ -634,11 +634,11 @@ def draw_trajectories(plt: Any, by_column: dict[Column, list[dict[str, Any]]], o
         if found:
             shortest = min(len(h["examples"]) for h in found)
             mean = np.mean([h["variance"][:shortest] for h in found], axis=0)
-            axis.plot(found[0]["examples"][:shortest], mean, color=colors[dataset], linewidth=1.8, label=dataset)
+            axis.plot(found[0]["examples"][:shortest], mean, color=colors[dataset], linewidth=1.8)
         axis.set(xlabel="training examples", ylabel="variance of beta", title=f"{model}, {METHODS[name][0]}")
         axis.ticklabel_format(axis="y", useOffset=False)
-    if axes[0, 0].lines:
-        axes[0, 0].legend(frameon=False, fontsize=7)
+    handles = [plt.Line2D([], [], color=color, label=dataset) for dataset, color in colors.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=7)
     evaluate.save_figure(figure, output / "fig4")
     plt.close(figure)
     return [("fig4", "Figs. 4 and 7: variance of beta over training at beta LR 1e-4 (thin: seeds, thick: their mean).")]
@@ -702,20 +702,20 @@ def draw_planted(plt: Any, by_column: dict[Column, list[dict[str, Any]]], output
     demo = {c: cells for c, cells in by_column.items() if c[0].startswith("demo-")}
     if len({dataset for dataset, _ in demo}) < 2:
         return []
+    rates = ("1e-5", "1e-4", "1e-3")
     figure, axes = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
     for axis, dist in zip(axes, ("lognormal", "gamma"), strict=True):
-        for k, lr in enumerate(("1e-5", "1e-4", "1e-3")):
-            for i, (dataset, cells) in enumerate((c[0], cells) for c, cells in demo.items()):
+        for k, lr in enumerate(rates):
+            for (dataset, _), cells in demo.items():
                 values, planted = final(cells, f"{dist}-{lr}", "cv"), float(dataset[5:]) + 0.03 * (k - 1)
-                label = f"beta LR {lr}" if not i else None
                 axis.plot([planted] * len(values), values, ".", color=evaluate.COLORS[k], alpha=0.4, markersize=4)
                 if values:
-                    axis.plot(
-                        planted, statistics.fmean(values), "o", color=evaluate.COLORS[k], markersize=5, label=label
-                    )
+                    axis.plot(planted, statistics.fmean(values), "o", color=evaluate.COLORS[k], markersize=5)
         axis.set(xlabel="planted cv of the preference strength", ylabel="learned cv", title=evaluate.METHODS[dist])
         axis.ticklabel_format(axis="y", useOffset=False)
-    axes[0].legend(frameon=False, fontsize=7)
+    colors = dict(zip(rates, evaluate.COLORS, strict=False))
+    handles = [plt.Line2D([], [], color=c, marker="o", linestyle="", label=f"beta LR {r}") for r, c in colors.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=7)
     evaluate.save_figure(figure, output / "planted")
     plt.close(figure)
     return [("planted", "Learned cv at the end of training against the planted one (small: seeds, large: their mean).")]

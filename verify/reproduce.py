@@ -60,7 +60,7 @@ SCALES = {
     "tiny": Scale(
         ["tiny"],
         ["demo-0", "demo-0.5", "demo-1.5"],
-        ["--preset", "tiny", "--max-pairs", "3840", "--epochs", "2", "--eval-every", "1280"],
+        ["--preset", "tiny", "--eval-pairs", "200"],
         "0.9 M parameters, random weights, choices drawn with a known heterogeneity (demo-H: cv = H)",
     ),
     "small": Scale(
