@@ -103,8 +103,8 @@ def test_the_plan_comes_first_and_says_how_much(grid):
 
 
 def test_the_runs_of_a_cell_share_sft_and_reference(grid):
-    output, _, _, (first, _) = grid
-    sft = [c for c in first.commands if c[0] == "train.py" and "demo-1.5--tiny--seed1" in " ".join(c)]
+    output, _, _, (_, second) = grid
+    sft = [c for c in second.commands if c[0] == "train.py" and "demo-1.5--tiny--seed1" in " ".join(c)]
     assert len({c[c.index("--sft-dir") + 1] for c in sft}) == 1
     log = (output / "logs" / "demo-1.5--tiny--seed1--gamma-1e-4.log").read_text()
     assert "SFT: taken from" in log
