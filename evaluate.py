@@ -82,6 +82,7 @@ from train import (
     writable_directory,
     write_json,
     write_text,
+    writing,
 )
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey by their lightness.
@@ -618,7 +619,7 @@ def appending(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that appends one line and hands it to the system at once, from any thread."""
     lock = threading.Lock()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as f:
+    with writing(path), open(path, "ab") as f:
         if f.tell():
             f.write(b"\n")  # ends a line that was cut short
 
@@ -1795,7 +1796,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             with start_processes() as world:
                 args.run(args, world)
-    except UserError as e:
+    except (UserError, OSError) as e:
         return report_error("evaluate.py", e, argv)
     return 0
 

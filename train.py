@@ -14,7 +14,8 @@ lost; SFT on the chosen responses (once per model and data set, share it with --
 model, whose log-probs are cached (share them with --reference-cache); training of the policy; export.
 
 A run leaves in --output-dir: config.json (every flag), data.json (rows read, dropped, truncated, and why),
-metrics.jsonl (one object a line), reference.safetensors, policy/ (loads with from_pretrained), strength.json.
+metrics.jsonl (one object a line), reference.safetensors, checkpoints/, policy/ (loads with from_pretrained) and
+strength.json. The same command again goes on with a run that was interrupted; status 75 says that it can.
 
 Every rank is a process under FSDP2, also when there is only one, so that there is one code path. Data order and Monte
 Carlo draws are functions of the seed and the position in the data: they do not depend on the number of ranks.
@@ -44,7 +45,7 @@ import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -210,9 +211,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def report_error(program: str, error: UserError, argv: Sequence[str] | None) -> int:
-    """Prints a mistake as one line, after its traceback with --debug; returns the exit status."""
-    if os.environ.get("RANK", "0") == "0":
+def report_error(program: str, error: UserError | OSError, argv: Sequence[str] | None) -> int:
+    """Prints a mistake, or a disk that takes no more, as one line, after its traceback with --debug; returns the exit
+    status. Raises any other OSError."""
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, OSError):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+            raise error
+        place, rank = error.filename or "a file", "0"  # other ranks do not know of it
+        error = Unwritable(f"{place} cannot be read or written ({error.strerror}): mend that and start again")
+    if rank == "0":
         if "--debug" in (sys.argv if argv is None else argv):
             traceback.print_exception(error)
         print(f"{program}: {'' if error.status == 75 else 'error: '}{printable(str(error))}", file=sys.stderr)
@@ -299,16 +307,39 @@ def write_text(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(aside, path)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
-def sync_directory(path: Path) -> None:
-    """Makes a rename in it durable."""
+def sync(path: Path) -> None:
+    """Makes durable what a file holds, or which names a directory holds."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises Unwritable for no space and the like, which is an OSError from Python alone."""
+    try:
+        yield
+    except (Exception, CheckpointException) as e:
+        if not isinstance(e, (OSError, CheckpointException)) and "(os error " not in str(e):
+            raise
+        raise Unwritable(
+            f"{path} cannot be written ({str(e).strip().splitlines()[-1]}): make room and start again, the run goes on"
+        ) from e
+
+
+def publish(aside: Path, place: Path) -> None:
+    """Makes the files of a directory durable and puts it in its place."""
+    for file in aside.rglob("*"):
+        sync(file)
+    sync(aside)
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(aside, place)
+    sync(place.parent)
 
 
 def file_hash(path: Path) -> str:
@@ -345,11 +376,23 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(f"{k} {old.get(k)!r} there, {new.get(k)!r} here" for k in keys)
 
 
-def claim_output_dir(config: Config, lock: contextlib.ExitStack) -> None:
-    """Locks the directory and writes config.json, or refuses one that holds another run or something else.
+def unfinished(path: str) -> Path:
+    """Where the state is kept of what is being made at `path`."""
+    return Path(f"{Path(path)}.part")
 
-    The lock is the system's and goes with the process: a crash leaves none behind.
-    """
+
+def hold(flag: str, path: Path, lock: contextlib.ExitStack) -> None:
+    """Locks a directory until `lock` is closed. The system's lock goes with the process: a crash leaves none behind."""
+    path.mkdir(parents=True, exist_ok=True)
+    handle = lock.enter_context(open(path / "lock", "w"))  # noqa: SIM115
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{flag} {path} is in use by another run: wait for it, or choose another directory") from None
+
+
+def claim_output_dir(config: Config, lock: contextlib.ExitStack) -> None:
+    """Locks the directory and writes config.json, or refuses one that holds another run or something else."""
     path = Path(config.output_dir)
     mine = {k: v for k, v in dataclasses.asdict(config).items() if k not in LOCATION_FLAGS}
     try:
@@ -370,16 +413,9 @@ def claim_output_dir(config: Config, lock: contextlib.ExitStack) -> None:
                     f"--output-dir {path} holds this run, unfinished: leave out --no-resume to go on with it, "
                     "or choose another directory"
                 )
-        elif path.exists() and any(p.name not in ("sft", "lock") for p in path.iterdir()):
+        elif path.exists() and any(p.name not in ("sft", "lock", "config.json.tmp") for p in path.iterdir()):
             raise UserError(f"--output-dir {path} is not empty and holds no config.json: choose another directory")
-        path.mkdir(parents=True, exist_ok=True)
-        handle = lock.enter_context(open(path / "lock", "w"))  # noqa: SIM115
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"--output-dir {path} is in use by another run: wait for it, or choose another directory"
-            ) from None
+        hold("--output-dir", path, lock)
         write_json(path / "config.json", dataclasses.asdict(config))
     except OSError as e:
         raise UserError(f"--output-dir {path} cannot be written ({e}): choose another directory") from e
@@ -1348,15 +1384,15 @@ class World:
     @contextlib.contextmanager
     def rank_zero_first(self) -> Iterator[None]:
         """Rank 0 goes ahead (and fills the caches), the others follow, or raise what it raised for the user."""
-        problem: list[str | None] = [None]
+        problem: list[UserError | None] = [None]
         if self.rank:
             dist.broadcast_object_list(problem, 0)
             if problem[0]:
-                raise UserError(problem[0])
+                raise problem[0]
         try:
             yield
         except UserError as e:
-            problem = [str(e)]
+            problem = [e]
             raise
         finally:
             if not self.rank:
@@ -1371,12 +1407,12 @@ def start_processes() -> Iterator[World]:
     backend = "nccl" if cuda else "gloo"
     if cuda:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=device if cuda else None)
-    else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device if cuda else None
-        )
+    store, rank, size = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        # torchrun keeps its store when it starts ranks again: they would read the addresses of the dead. The count is
+        # the same for all ranks of one machine alone.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if cuda else None)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
@@ -1472,19 +1508,18 @@ def export(
 ) -> None:
     """Whole float32 weights as safetensors, with the tokenizer: what from_pretrained reads; and sft.json for SFT."""
     state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if world.rank == 0:
-        aside = path.with_name(path.name + ".tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        # A plain instance: fully_shard has renamed the class of `network`, and the name would go into config.json.
-        with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(network.config, dtype=torch.float32)
-        plain.save_pretrained(aside, state_dict=state)
-        tokenizer.save_pretrained(aside)
-        if sft_record:
-            write_json(aside / "sft.json", sft_record)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(aside, path)
-    dist.barrier()
+    with world.rank_zero_first(), writing(path):
+        if world.rank == 0:
+            aside = path.with_name(path.name + ".tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            # A plain instance: fully_shard has renamed the class of `network`, and the name would go into config.json.
+            with torch.device("meta"):
+                plain = AutoModelForCausalLM.from_config(network.config, dtype=torch.float32)
+            plain.save_pretrained(aside, state_dict=state)
+            tokenizer.save_pretrained(aside)
+            if sft_record:
+                write_json(aside / "sft.json", sft_record)
+            publish(aside, path)
 
 
 # --- checkpoints: an interrupted run, started again, ends bit for bit where an uninterrupted one does ----------------
@@ -1494,12 +1529,12 @@ STOP = threading.Event()  # a signal came: the loops save after the step and sto
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT set STOP; a second one stops at once."""
+    """SIGTERM and SIGINT set STOP; a second one ends the process at once."""
 
     def stop(number: int, frame: Any) -> None:
-        if STOP.is_set():
-            raise KeyboardInterrupt
         STOP.set()
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
 
     STOP.clear()
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -1522,7 +1557,9 @@ class Checkpoints:
         self, path: Path, keep: int, key: dict[str, Any], module: nn.Module, optimizer: Any, schedule: Any, world: World
     ) -> None:
         self.path, self.keep, self.world = path, keep, world
-        self.key = key | {"torch": torch.__version__, "transformers": transformers.__version__}
+        # numpy's generators, which order the data, may change with its version.
+        versions = {library.__name__: library.__version__ for library in (torch, transformers, np)}
+        self.key = key | versions
         self.module, self.optimizer, self.schedule = module, optimizer, schedule
         self.group = dist.new_group(backend="gloo")  # its own: it communicates while the loop does
         self.thread = ThreadPoolExecutor(1)
@@ -1533,10 +1570,12 @@ class Checkpoints:
         for folder in sorted(self.path.glob("step-" + 8 * "[0-9]"), reverse=True):
             try:
                 manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+                if manifest.pop("digest") != digest(manifest):
+                    raise ValueError("manifest.json has changed")
                 for name, known in manifest["files"].items():
                     if file_hash(folder / name) != known:
                         raise ValueError(f"{name} has changed")
-            except (OSError, ValueError, KeyError) as e:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
                 self.world.print(f"checkpoint {folder} is not whole ({e}): not used")
                 continue
             if manifest["key"] != self.key:
@@ -1585,32 +1624,26 @@ class Checkpoints:
     def finish(self, written: Future, aside: Path, manifest: dict[str, Any]) -> None:
         """On rank 0, in the background."""
         written.result()
-        files = {p.name: file_hash(p) for p in sorted(aside.iterdir())}
-        write_json(aside / "manifest.json", manifest | {"files": files})
+        manifest["files"] = {p.name: file_hash(p) for p in sorted(aside.iterdir())}
+        write_json(aside / "manifest.json", manifest | {"digest": digest(manifest)})
         place = self.path / manifest["name"]
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(aside, place)
-        sync_directory(self.path)
-        for old in sorted(self.path.glob("step-" + 8 * "[0-9]"))[: -self.keep]:
+        publish(aside, place)
+        # Those with a later number were not whole when the run was started.
+        for old in sorted(p for p in self.path.glob("step-" + 8 * "[0-9]") if p <= place)[: -self.keep]:
             shutil.rmtree(old)
 
     def wait(self) -> None:
-        """Until what is being written is whole."""
+        """Until what is being written is whole: rank 0 renames it, so no rank may leave before."""
         pending, self.pending = self.pending, None
-        try:
-            if pending:
-                pending.result()
-        except (OSError, CheckpointException) as e:
-            reason = str(e).strip().splitlines()[-1]
-            raise Unwritable(
-                f"a checkpoint cannot be written to {self.path} ({reason}): make room and start again, the run goes on "
-                "from the last whole one"
-            ) from e
+        if pending is None:
+            return
+        with self.world.rank_zero_first(), writing(self.path):
+            pending.result()
 
     def close(self) -> None:
         """After an error, too, what is being written is finished where it can be."""
-        with contextlib.suppress(UserError):
-            self.wait()
+        if self.pending:
+            wait([self.pending])  # nothing collective: the other ranks may be elsewhere
         self.thread.shutdown()
 
 
@@ -1686,7 +1719,7 @@ def sft(config: Config, model: str, tokenizer: Any, examples: list[Example], pai
     network = load_model(model, config.policy_dtype, world, pairs, config.seed, **economies(config))
     optimizer, schedule = optimizer_for([{"params": list(network.parameters()), "lr": config.sft_lr}], config.warmup)
     path, key = Path(config.sft_dir), sft_key(config, examples)
-    part = path.with_name(path.name + ".part")
+    part = unfinished(config.sft_dir)
     with contextlib.closing(Checkpoints(part, config.keep, key, network, optimizer, schedule, world)) as checkpoints:
         losses: list[float] = (checkpoints.restore() or {}).get("losses", [])
         done, last = len(losses), config.sft_epochs * math.ceil(len(examples) / config.batch_size)
@@ -1781,14 +1814,14 @@ def reference_key(config: Config, splits: dict[str, Pairs]) -> dict[str, str]:
 
 
 def write_scores(path: Path, scores: dict[str, np.ndarray], key: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     sums = {f"sha256_{name}": hashlib.sha256(values.tobytes()).hexdigest() for name, values in scores.items()}
-    save_file(scores, aside, metadata=key | sums)
-    with open(aside, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(aside, path)
-    sync_directory(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(scores, aside, metadata=key | sums)
+        sync(aside)
+        os.replace(aside, path)
+        sync(path.parent)
 
 
 def read_scores(path: Path, key: dict[str, str]) -> dict[str, np.ndarray]:
@@ -1825,7 +1858,7 @@ def reference_pass(
     # Without gradients a micro-batch holds no activations: four times the tokens fit.
     budget = 4 * config.micro_batch_tokens
     batch = max(config.eval_batch_size, config.batch_size)
-    parts = path.with_name(path.name + ".part")
+    parts = unfinished(config.reference_cache)
     scores = {}
     torch.backends.cuda.matmul.fp32_precision = "tf32" if config.reference_dtype == "tfloat32" else "ieee"
     for name, pairs in splits.items():
@@ -1851,10 +1884,10 @@ def reference_pass(
             found.append(values)
         scores[name] = np.concatenate(found)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    if world.rank == 0:
-        write_scores(path, scores, key)
-        shutil.rmtree(parts)
-    dist.barrier()
+    with world.rank_zero_first():
+        if world.rank == 0:
+            write_scores(path, scores, key)
+            shutil.rmtree(parts)
     world.print(f"reference: {sum(map(len, splits.values())):,} pairs scored once")
     return scores
 
@@ -1912,7 +1945,7 @@ def log_metrics(
 ) -> None:
     """Appends one line to metrics.jsonl."""
     row = {"step": step, "examples": examples} | {f"{prefix}/{k}": v for k, v in metrics.items()}
-    with open(path, "a", encoding="utf-8") as f:
+    with writing(path), open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(row | beta_metrics(strength)) + "\n")
 
 
@@ -2044,8 +2077,9 @@ def train(
     ) as checkpoints:
         progress = checkpoints.restore() or {"step": 0, "examples": 0, "metrics_bytes": 0}
         examples = progress["examples"]
-        if world.rank == 0:
-            cut_metrics(path, progress["metrics_bytes"])
+        with world.rank_zero_first():
+            if world.rank == 0:
+                cut_metrics(path, progress["metrics_bytes"])
         if progress["step"]:
             world.print(f"goes on after update {progress['step']} of {last}")
         else:
@@ -2078,20 +2112,16 @@ def train(
                     evaluate(step)
                 if step % save_steps == 0 or step == last or stop:
                     check_strength(strength, world)
-                    size = sync_file(path) if world.rank == 0 else 0
+                    size = 0
+                    if world.rank == 0:
+                        sync(path)
+                        size = path.stat().st_size
                     checkpoints.save(step, {"step": step, "examples": examples, "metrics_bytes": size})
                 if stop and step != last:
                     checkpoints.wait()
                     raise Interrupted(f"interrupted and saved after update {step}: the same command goes on")
         checkpoints.wait()
     return strength
-
-
-def sync_file(path: Path) -> int:
-    """Makes it durable; returns its size."""
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
-    return path.stat().st_size
 
 
 def cut_metrics(path: Path, size: int) -> None:
@@ -2114,9 +2144,7 @@ def check_strength(strength: Strength, world: World) -> None:
             raise RuntimeError(f"the strength parameters differ between ranks: {ranks.tolist()}")
     for name, value in strength_values(strength).items():
         if name != "loc" and not 1e-3 < value < 1e4:
-            say_once(
-                f"warning: {name} of the strength has drifted to {value:.3g}: lower --beta-lr, or 0 to keep it fixed"
-            )
+            say_once(f"warning: {name} of the strength has left [0.001, 10000]: lower --beta-lr, or 0 to keep it fixed")
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -2199,6 +2227,13 @@ def run(config: Config, world: World, lock: contextlib.ExitStack) -> None:
             writable_directory("--reference-cache", Path(config.reference_cache).parent)
             if Path(config.reference_cache).is_dir():
                 raise UserError(f"--reference-cache {config.reference_cache} is a directory: name a file")
+            # What runs share is made by one of them at a time.
+            if not ready:
+                hold("--sft-dir", unfinished(config.sft_dir), lock)
+                if has_sft(config, examples, tokenizer):
+                    raise UserError(f"--sft-dir {config.sft_dir} has just been made by another run: start again")
+            if not Path(config.reference_cache).exists():
+                hold("--reference-cache", unfinished(config.reference_cache), lock)
             write_json(Path(config.output_dir) / "data.json", report)
 
     if ready:
@@ -2232,29 +2267,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         quiet_libraries()
         with stop_signals(), start_processes() as world, contextlib.ExitStack() as lock:
             run(config, world, lock)
-    except UserError as e:
+    except (UserError, OSError) as e:
         return report_error("train.py", e, argv)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
-            raise
-        print(
-            f"train.py: error: {e.filename or config.output_dir} cannot be written ({e.strerror}): make room and start "
-            "again, the run goes on from the last whole checkpoint",
-            file=sys.stderr,
-        )
-        return Unwritable.status
     except torch.OutOfMemoryError as e:
         # Of whatever rank: the others only see that it is gone.
         print(f"train.py: out of memory: lower --micro-batch-tokens ({str(e).splitlines()[0]})", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("train.py: stopped at once: the same command goes on from the last whole checkpoint", file=sys.stderr)
-        return 130
     return 0
 
 
 if __name__ == "__main__":
-    status = main()
-    if status == 130:
-        os._exit(status)  # at once: not after a checkpoint that is being written
-    sys.exit(status)
+    sys.exit(main())

@@ -230,6 +230,7 @@ def test_batch_size_and_ranks(tmp_path):
 
 
 def policy(path: Path) -> str:
+    train.quiet_libraries()  # a bar of save_pretrained is not what is looked at
     finished_run(path)
     small = LlamaConfig(
         vocab_size=258, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,

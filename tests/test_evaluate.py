@@ -131,7 +131,7 @@ def test_attributes_pairs_and_unknown_ones():
     rows = train.datasets.Dataset.from_dict(columns | {"sex": ["f", None]})
     assert evaluate.group_labels(rows, None) == {"age": ["x", "y"], "sex": ["f", None]}
     assert evaluate.group_labels(rows, ["age+sex"]) == {"age+sex": ["x & f", None]}
-    with pytest.raises(train.UserError, match=r"--by religion: no attribute religion \(there are: age, sex, empty\)"):
+    with pytest.raises(train.UserError, match=r"--by religion: no attribute religion: choose from age, sex, empty"):
         evaluate.group_labels(rows, ["religion"])
 
 

@@ -92,7 +92,10 @@ MODELS = {
     "shard that is a pickle": (lambda m: sharded(m, "pytorch_model.bin"), ["'pytorch_model.bin'", "safetensors"]),
     "shard that is not there": (lambda m: sharded(m, "a.safetensors"), ["a.safetensors does not exist"]),
     "width": (asks_for(hidden_size=10**7), ["5,750,000,000 parameters", "4,600"]),
-    "width beyond 64 bits": (asks_for(hidden_size=10**12), ["config.json describes no causal model", "size"]),
+    "width beyond 64 bits": (
+        asks_for(hidden_size=10**12, intermediate_size=10**12),
+        ["config.json describes no causal model", "size"],
+    ),
     "vocabulary": (asks_for(vocab_size=10**12), ["parameters", "4,600"]),
     "depth": (asks_for(num_hidden_layers=10**9), ["num_hidden_layers 1000000000", "weights (12)"]),
     "experts": (asks_for(model_type="mixtral", num_local_experts=10**9), ["num_local_experts 1000000000", "4600"]),

@@ -3,21 +3,26 @@
 Kills: a run of the demo (SFT, reference pass, 8 updates with a checkpoint after each, export) gets SIGKILL at a random
 moment, or when a file of a stage appears, and is started again until it ends; its policy, strength and metrics have to
 be those of the undisturbed run, bit for bit. Soak: two ranks, many updates of a tiny model with checkpoints, memory and
-open files of both read every few seconds. Results: verify/results/faults.json and faults.md. The repository's tests
-cause every other fault (tests/test_resume.py).
-Exit status: 0, or 1 if a run did not end as the undisturbed one.
+open files of both read every few seconds. Cost: the demo with a checkpoint after every update, every eight, and one at
+the end, in turn. Every other fault is caused by the repository's tests (tests/test_resume.py, tests/test_faults.py),
+which are run for the table. Results: verify/results/faults.json and faults.md; --only replaces one part of them.
+Exit status: 0, or 1 if a run did not end as the undisturbed one or a test failed.
 """
 
 import argparse
 import json
+import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -60,7 +65,7 @@ def result_of(run: Path) -> tuple[Any, ...]:
 def kill_until_done(run: Path, stage: str, pattern: str | None, kills: int, seconds: float, rng: random.Random) -> int:
     """Kills the run up to `kills` times in this stage, and lets it end; returns how often it was killed."""
     done = 0
-    while True:
+    while not (run / "strength.json").exists():  # else it was killed after its end
         seen = set(run.glob(pattern)) if pattern else set()
         process, began, moment = start(*RUN, "--output-dir", str(run)), time.monotonic(), rng.uniform(1, seconds)
         while process.poll() is None:
@@ -72,10 +77,9 @@ def kill_until_done(run: Path, stage: str, pattern: str | None, kills: int, seco
                 break
             time.sleep(0.001)
         _, said = process.communicate()
-        if process.returncode == 0:
-            return done
         if process.returncode > 0:
             raise SystemExit(f"{stage}: a run ended by itself: {said}")
+    return done
 
 
 def measure_kills(kills: int) -> list[dict[str, Any]]:
@@ -89,7 +93,7 @@ def measure_kills(kills: int) -> list[dict[str, Any]]:
         whole, rng = result_of(Path(folder, "whole")), random.Random(0)
         stages: dict[str, str | None] = {"at a random moment": None} | STAGES
         for stage, pattern in stages.items():
-            wanted = kills // 2 if pattern is None else max(1, kills // 2 // len(STAGES))
+            wanted = kills // 2 if pattern is None else math.ceil(kills / 2 / len(STAGES))
             row = {"fault": f"SIGKILL {stage}", "injections": 0, "runs": 0, "equal": 0}
             while row["injections"] < wanted:
                 run = Path(folder, f"run{len(rows)}-{row['runs']}")
@@ -100,6 +104,60 @@ def measure_kills(kills: int) -> list[dict[str, Any]]:
                 row["equal"] += result_of(run) == whole
             rows.append(row)
             print(row, flush=True)
+    return rows
+
+
+def measure_tests() -> dict[str, dict[str, Any]]:
+    """Of each test: its cases, how many passed or were skipped, and a message that it saw."""
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        tests = ["tests/test_faults.py", "tests/test_resume.py"]
+        subprocess.run([sys.executable, "-m", "pytest", "-q", "--show-capture=no", f"--junit-xml={report}", *tests])
+        for case in ElementTree.parse(report).iter("testcase"):
+            name = case.attrib["name"].split("[")[0].removeprefix("test_").replace("_", " ")
+            row = rows.setdefault(name, {"cases": 0, "passed": 0, "skipped": 0, "message": ""})
+            row["cases"] += 1
+            row["skipped"] += (skipped := case.find("skipped") is not None)
+            row["passed"] += not skipped and case.find("failure") is None and case.find("error") is None
+            for entry in case.iter("property"):
+                row["message"] = row["message"] or entry.attrib["value"]
+    return rows
+
+
+def measure_cost(repeats: int = 5) -> list[dict[str, Any]]:
+    """Seconds of the training loop and, within it, of handing the state over, for checkpoints of several distances."""
+    rows = [{"updates_between": n, "updates": 0, "seconds": [], "handing_over": []} for n in (1, 8, 10**6)]
+    spent = {"train": 0.0, "save": 0.0}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                spent[name] += time.perf_counter() - began
+
+        return run
+
+    loop, save = train.train, train.Checkpoints.save
+    train.train, train.Checkpoints.save = timed("train", loop), timed("save", save)  # type: ignore[method-assign]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            shared = ["--sft-dir", f"{folder}/sft", "--reference-cache", f"{folder}/reference.safetensors"]
+            for repeat in range(repeats + 1):  # the first makes what is shared
+                for row in rows:
+                    run = f"{folder}/{repeat}-{row['updates_between']}"
+                    spent |= {"train": 0.0, "save": 0.0}
+                    flags = ["--preset", "tiny", "--max-pairs", "1024", "--eval-every", str(10**6), "--output-dir", run]
+                    if train.main([*flags, *shared, "--save-every", str(64 * row["updates_between"])]):
+                        raise SystemExit("cost: a run did not end well")
+                    row["updates"] = 16
+                    if repeat:
+                        row["seconds"].append(spent["train"])
+                        row["handing_over"].append(spent["save"])
+    finally:
+        train.train, train.Checkpoints.save = loop, save  # type: ignore[method-assign]
     return rows
 
 
@@ -128,18 +186,8 @@ def soak(updates: int) -> dict[str, Any]:
         )  # fmt: skip
         AutoModelForCausalLM.from_config(shape).save_pretrained(f"{folder}/model")
         tokenizer.save_pretrained(f"{folder}/model")
-        flags = [
-            "--preset",
-            "tiny",
-            "--model",
-            f"{folder}/model",
-            "--dist",
-            "gamma",
-            "--batch-size",
-            "2",
-            "--sft-epochs",
-            "0",
-        ]
+        flags = ["--preset", "tiny", "--model", f"{folder}/model", "--dist", "gamma", "--batch-size", "2"]
+        flags += ["--sft-epochs", "0"]
         flags += ["--eval-batch-size", "2", "--eval-pairs", "20", "--eval-every", "4000", "--save-every", "2000"]
         flags += ["--max-pairs", "2000", "--epochs", str(updates // 1000), "--lr", "1e-5", "--beta-lr", "1e-5"]
         process = start(*flags, "--output-dir", f"{folder}/run", ranks=2)
@@ -173,19 +221,41 @@ def soak(updates: int) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    lines = ["# Runs that are killed, and a long one", "", "Written by `nox -s faults`; do not edit.", ""]
-    lines += ["| fault | injections | runs | ended bit for bit as undisturbed |", "|---|---|---|---|"]
-    lines += [f"| {r['fault']} | {r['injections']} | {r['runs']} | {r['equal']} |" for r in result["kills"]]
-    s = result["soak"]
-    lines += ["", f"Soak: two ranks, {s['updates']:,} updates, every one logged once and in order: "
-              f"{'yes' if s['steps_once_and_in_order'] else 'no'}."]  # fmt: skip
-    for rank in (0, 1):
-        value, error = s["mib_per_1000_updates"][rank]
-        low, high = s["open_files"][rank]
-        lines.append(
-            f"Rank {rank}: {s['resident_mib'][rank]:.0f} MiB, {value:+.3f} ± {error:.3f} MiB per 1,000 updates (two "
-            f"standard errors), {low} to {high} open files."
-        )  # fmt: skip
+    lines = ["# Runs that are killed, damaged and long", "", "Written by `nox -s faults`; do not edit.", ""]
+    if "kills" in result:
+        lines += ["| fault | injections | runs | ended bit for bit as undisturbed |", "|---|---|---|---|"]
+        lines += [f"| {r['fault']} | {r['injections']} | {r['runs']} | {r['equal']} |" for r in result["kills"]]
+    if "tests" in result:
+        lines += [
+            "",
+            "Faults that the tests cause. Where a run can go on, a case passes only if it then ends bit for bit",
+        ]
+        lines[-1] += " as an undisturbed one, with every line of metrics.jsonl:"
+        lines += ["", "| test | cases | passed | skipped | message |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {name} | {r['cases']} | {r['passed']} | {r['skipped']} | {r['message'].replace('|', '/')} |"
+            for name, r in result["tests"].items()
+        ]
+    if "cost" in result:
+        none = statistics.median(result["cost"][-1]["seconds"])
+        lines += ["", "Time of the demo's training loop (0.9 M parameters, CPU), by updates between checkpoints:", ""]
+        lines += ["| updates between | seconds an update | against one at the end | of it, handing over |"]
+        lines += ["|---|---|---|---|"]
+        for row in result["cost"]:
+            each, handing = (statistics.median(row[name]) / row["updates"] for name in ("seconds", "handing_over"))
+            name = "one at the end" if row["updates_between"] > row["updates"] else row["updates_between"]
+            lines.append(f"| {name} | {each:.3f} | {each * row['updates'] / none:.3f} | {handing:.4f} |")
+    if "soak" in result:
+        s = result["soak"]
+        lines += ["", f"Soak: two ranks, {s['updates']:,} updates, every one logged once and in order: "
+                  f"{'yes' if s['steps_once_and_in_order'] else 'no'}."]  # fmt: skip
+        for rank in (0, 1):
+            value, error = s["mib_per_1000_updates"][rank]
+            low, high = s["open_files"][rank]
+            lines.append(
+                f"Rank {rank}: {s['resident_mib'][rank]:.0f} MiB, {value:+.3f} ± {error:.3f} MiB per 1,000 updates "
+                f"(two standard errors), {low} to {high} open files."
+            )
     return "\n".join([*lines, ""])
 
 
@@ -193,13 +263,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m verify.faults", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--updates", type=int, default=20_000)
+    parser.add_argument("--only", choices=["kills", "tests", "cost", "soak"])
     args = parser.parse_args()
     train.quiet_libraries()
-    result = {"kills": measure_kills(args.kills), "soak": soak(args.updates)}
-    write(RESULTS / "faults.json", json.dumps(result, indent=1) + "\n")
-    write(RESULTS / "faults.md", markdown(result))
+    parts: dict[str, Callable[[], Any]] = {
+        "kills": lambda: measure_kills(args.kills),
+        "tests": measure_tests,
+        "cost": measure_cost,
+        "soak": lambda: soak(args.updates),
+    }
+    path = RESULTS / "faults.json"
+    for name in [args.only] if args.only else parts:
+        part = {name: parts[name]()}
+        result = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | part
+        write(path, json.dumps(result, indent=1) + "\n")
+        write(RESULTS / "faults.md", markdown(result))
     print(markdown(result))
-    return int(any(row["equal"] < row["runs"] for row in result["kills"]))
+    lost = any(row["equal"] < row["runs"] for row in result.get("kills", []))
+    return int(lost or any(row["passed"] + row["skipped"] < row["cases"] for row in result.get("tests", {}).values()))
 
 
 if __name__ == "__main__":
