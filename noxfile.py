@@ -1,5 +1,5 @@
 """The project's commands: `pip install nox`, then `nox -s demo`, `tests`, `lint`, `verify`, `interop`, `judge`,
-`bench`.
+`bench`, `reproduce`.
 
 Each session has its own environment under .nox/, installed once from the pinned groups of pyproject.toml.
 """
@@ -85,3 +85,10 @@ def judge(session: nox.Session) -> None:
     """Win rates end to end with `transformers serve`: it answers for a policy and is the judge."""
     install(session, "dev", "judge")
     session.run("python", "-m", "verify.judge_session", *session.posargs)
+
+
+@nox.session
+def reproduce(session: nox.Session) -> None:
+    """The paper's experiments and their report: `nox -s reproduce -- --model M --dataset D --scale tiny|small|paper`."""
+    install(session, "dev")
+    session.run("python", "-m", "verify.reproduce", *session.posargs)
