@@ -89,6 +89,6 @@ def judge(session: nox.Session) -> None:
 
 @nox.session
 def reproduce(session: nox.Session) -> None:
-    """The paper's experiments and their report: `nox -s reproduce -- --model M --dataset D --scale tiny|small|paper`."""
+    """The paper's experiments and their report: `-- --model M --dataset D --scale tiny|small|paper`."""
     install(session, "dev")
     session.run("python", "-m", "verify.reproduce", *session.posargs)
