@@ -2311,8 +2311,45 @@ def run(config: Config, world: World, lock: contextlib.ExitStack) -> None:
     export(network, tokenizer, output / "policy", world)
     if world.rank == 0:
         summary = {"family": config.dist, "learned": bool(list(strength.parameters()))} | strength_values(strength)
-        write_json(output / "strength.json", summary | {k[5:]: v for k, v in beta_metrics(strength).items()})
+        summary |= {k[5:]: v for k, v in beta_metrics(strength).items()}
+        lines = map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        *_, last = (line for line in lines if "eval/loss" in line)
+        held_out = {k[5:]: v for k, v in last.items() if k.startswith("eval/")}
+        card = model_card(config, summary, report["tokenised"]["train"], held_out)
+        write_text(output / "policy" / "README.md", card)
+        write_json(output / "strength.json", summary)  # last: it says that the run is finished
     world.print(f"{strength}: policy and strength are in {output}")
+
+
+LICENCES = {
+    "hh": "Anthropic HH: MIT.",
+    "prism": "PRISM: human texts CC-BY-4.0, responses of models CC-BY-NC-4.0 and under the terms of their providers.",
+    "community-alignment": "Community Alignment: CC-BY-4.0.",
+    "demo": "Demonstration data made by train.py.",
+}
+
+
+def model_card(config: Config, summary: dict[str, Any], counts: dict[str, int], held_out: dict[str, float]) -> str:
+    """policy/README.md. summary: strength.json; counts: of the training pairs; held_out: the last metrics."""
+    base = "random weights" if config.model == "tiny" else Path(config.model).name
+    # A hub id, and no directory of this machine.
+    front = f"base_model: {config.model}\n" if config.model.count("/") == 1 and not Path(config.model).exists() else ""
+    data = Path(config.dataset).name
+    flags = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*LOCATION_FLAGS, "model", "dataset")}
+    return (
+        f"---\nlibrary_name: transformers\ntags: [dpo, mixdpo, preference]\n{front}---\n\n"
+        f"# {base}, {config.dist} on {data}\n\n"
+        "Trained by train.py of MixDPO (arXiv 2601.06180): SFT on the chosen responses, then preference training with "
+        "`-log E_beta[sigma(beta * delta_r)]`. Load it with `AutoModelForCausalLM.from_pretrained`; weights are "
+        "float32.\n\n"
+        f"## Preference strength\n\n{table_of(summary)}\n\n"
+        f"## Held-out pairs, at the end of training\n\n{table_of(held_out)}\n\n"
+        "Log-probs are summed over response tokens, in nats; the preference margin is logps/chosen - logps/rejected. "
+        "Margins of subgroups: `evaluate.py margins`.\n\n"
+        f"## Data\n\n{LICENCES.get(config.dataset, 'A file of your own: its licence is yours to state.')} "
+        "A policy may carry the conditions of the base model and of the data.\n\n"
+        f"{table_of(counts)}\n\n## Settings\n\n{table_of(flags)}\n"
+    )
 
 
 def quiet_libraries() -> None:
