@@ -1,5 +1,5 @@
 """The project's commands: `pip install nox`, then `nox -s demo`, `tests`, `lint`, `verify`, `interop`, `judge`,
-`bench`, `reproduce`, `loggers`.
+`bench`, `faults`, `reproduce`, `loggers`.
 
 Each session has its own environment under .nox/, installed once from the pinned groups of pyproject.toml.
 """
@@ -36,11 +36,12 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Everything under tests/; `nox -s tests -- -k NAME` for a part."""
+    """Everything under tests/ but test_faults.py, which takes minutes (`nox -s faults`); `-- -k NAME` for a part."""
     install(session, "dev")
     # Two workers with a thread each are faster on two cores than one worker with two.
     one_thread = {"OMP_NUM_THREADS": "1"}
-    session.run("python", "-m", "pytest", "-n", "2", "--dist", "worksteal", *session.posargs, env=one_thread)
+    parallel = ["-n", "2", "--dist", "worksteal", "--ignore", "tests/test_faults.py"]
+    session.run("python", "-m", "pytest", *parallel, *session.posargs, env=one_thread)
 
 
 @nox.session
@@ -68,8 +69,9 @@ def interop(session: nox.Session) -> None:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Runs killed at 30 moments end bit for bit as undisturbed ones; 20,000 updates leak nothing (half an hour)."""
+    """Tests of faults; runs killed at 30 moments end bit for bit as undisturbed ones; a soak (an hour)."""
     install(session, "dev")
+    session.run("python", "-m", "pytest", "tests/test_faults.py", env={"OMP_NUM_THREADS": "1"})
     session.run("python", "-m", "verify.faults", *session.posargs)
 
 

@@ -1449,11 +1449,15 @@ def pretrained(model: str, seed: int = 0) -> nn.Module:
     if model == "tiny":
         return AutoModelForCausalLM.from_config(model_config(model), dtype=torch.float32).eval()
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            model, config=model_config(model), dtype=torch.float32, use_safetensors=True
-        ).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model, config=model_config(model), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise UserError(f"model {model} cannot be loaded ({str(e).splitlines()[0]})") from e
+    network, report = loaded
+    if missing := sorted(report["missing_keys"]):  # they would be random
+        raise UserError(f"model {model}: its files hold no {missing[0]} ({len(missing)} missing): pass whole weights")
+    return network.eval()
 
 
 def load_model(

@@ -398,7 +398,8 @@ def test_the_real_hh_test_files():
 
 def test_a_run_leaves_what_it_promises(one_process):
     assert {p.name for p in one_process.iterdir()} == {
-        "config.json", "data.json", "metrics.jsonl", "policy", "reference.safetensors", "sft", "strength.json",
+        "checkpoints", "config.json", "data.json", "lock", "metrics.jsonl", "policy", "reference.safetensors", "sft",
+        "strength.json",
     }  # fmt: skip
     lines = metrics(one_process)
     assert [line["step"] for line in lines if "eval/loss" in line] == [0, 2, 4]
