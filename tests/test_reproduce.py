@@ -95,9 +95,9 @@ def test_the_plan_comes_first_and_says_how_much(grid):
     plan, _, _ = said[0][0].partition("[  1/")
     assert "6 runs (3 configurations, 1 seeds) and 2 SFT runs; about" in plan
     assert "12 runs (3 configurations, 2 seeds) and 4 SFT runs; about" in said[1][0]
-    assert re.search(r"demo-1.5--tiny--seed0 +64 +2 ", plan)
+    assert re.search(r"demo-1.5--tiny +64 +2 ", plan)
     saved = json.loads((output / "plan.json").read_text())
-    trial = saved["trials"]["demo-0--tiny--seed0"]
+    trial = saved["trials"]["demo-0--tiny"]
     size = sum(p.stat().st_size for p in (output / "demo-0--tiny--seed0/dpo/policy").iterdir())
     assert trial["policy_bytes"] == pytest.approx(size, rel=1e-3)  # numbers in the model card differ in length
     assert trial["updates"] == 2

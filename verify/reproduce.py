@@ -94,8 +94,12 @@ class Cell:
     seed: int
 
     @property
+    def pair(self) -> str:
+        return f"{slug(self.dataset)}--{slug(self.model)}"
+
+    @property
     def name(self) -> str:
-        return f"{slug(self.dataset)}--{slug(self.model)}--seed{self.seed}"
+        return f"{self.pair}--seed{self.seed}"
 
 
 def data_flags(dataset: str, data_dir: str) -> list[str]:
@@ -110,7 +114,7 @@ def train_flags(cell: Cell, scale: Scale, output: Path, data_dir: str) -> list[s
     """The flags that all configurations of a cell share, where it keeps its runs excepted."""
     model = cell.model
     if model in ARCHITECTURES:
-        model = str(output / "models" / f"{slug(cell.dataset)}--{model}")
+        model = str(output / "models" / cell.pair)
     data = data_flags(cell.dataset, data_dir)
     return [*scale.flags, "--model", model, *data, "--seed", str(cell.seed), "--keep", "1"]
 
@@ -183,9 +187,9 @@ def measure(cell: Cell, scale: Scale, output: Path, data_dir: str, launch: Launc
     """A run of four updates: seconds a pair, seconds to start, bytes a policy, and how much there is to do."""
     shared = train_flags(cell, scale, output, data_dir)
     config = train.parse_config([*shared, "--output-dir", "unused"])
-    folder = output / "trial" / cell.name
+    folder = output / "trial"
     shutil.rmtree(folder, ignore_errors=True)
-    run, log = folder / "gamma", output / "logs" / f"trial--{cell.name}.log"
+    run, log = folder / "gamma", output / "logs" / f"trial--{cell.pair}.log"
     flags = [*CONFIGURATIONS["gamma-1e-4"], *shared, *shared_files(folder), "--output-dir", str(run)]
     # Four updates each of SFT and of preference training; later flags win.
     count = 4 * config.batch_size
@@ -195,7 +199,7 @@ def measure(cell: Cell, scale: Scale, output: Path, data_dir: str, launch: Launc
         if stopped:
             return {}
         message = last_line(log).removeprefix("train.py: error: ")
-        raise UserError(f"the trial of {cell.name} ended with status {status}: {message} (whole output: {log})")
+        raise UserError(f"the trial of {cell.pair} ended with status {status}: {message} (whole output: {log})")
     wall = time.monotonic() - began
     speeds = [line["train/examples_per_second"] for line in lines_of(run) if "train/examples_per_second" in line]
     data = read_json(run / "data.json")
@@ -277,20 +281,19 @@ def make_plan(args: argparse.Namespace, scale: Scale, output: Path, launch: Laun
                 f"--output-dir {output} holds another grid ({differences(known, mine)}): finish it with what it was "
                 "made with, or choose another directory; nothing was changed"
             )
-        if set(plan["trials"]) >= {cell.name for cell in cells}:
-            plan["seeds"] = sorted({*plan["seeds"], *grid["seeds"]})
-            return plan
+        plan["seeds"] = sorted({*plan["seeds"], *grid["seeds"]})
+        return plan
     elif output.exists() and any(output.iterdir()):
         raise UserError(f"--output-dir {output} is not empty and holds no plan.json: choose another directory")
     plan = grid | {"trials": {}}
     train.writable_directory("--output-dir", output)
     for cell in cells:
         make_model(cell, output, args.data_dir, launch)
-        print(f"trial: {cell.name}", flush=True)
+        print(f"trial: {cell.pair}", flush=True)
         trial = measure(cell, scale, output, args.data_dir, launch)
         if stopped:
             raise Stopped
-        plan["trials"][cell.name] = trial
+        plan["trials"][cell.pair] = trial
     return plan
 
 
@@ -300,7 +303,7 @@ class Stopped(Exception):
 
 def make_model(cell: Cell, output: Path, data_dir: str, launch: Launch) -> None:
     """The random-weight model of an architecture, and a tokenizer of the data set's training text."""
-    path = output / "models" / f"{slug(cell.dataset)}--{cell.model}"
+    path = output / "models" / cell.pair
     if cell.model not in ARCHITECTURES or (path / "tokenizer_config.json").exists():  # which is written last
         return
     command = ["-m", "verify.small_model", "--architecture", cell.model, "--output", str(path)]
