@@ -3,9 +3,13 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -232,6 +236,32 @@ def test_no_room_for_the_plan(small_grid, tmp_path, capsys, monkeypatch):
     assert reproduce.main(arguments, launch) == 2
     assert "has 0.00 GB free, the plan needs" in capsys.readouterr().err
     assert len(launch.commands) == 1
+
+
+def test_an_interrupt_saves_and_the_same_command_goes_on(small_grid, tmp_path, capsys):
+    """A real signal to the grid while a real process trains: first in the trial, then in a run."""
+    output = tmp_path / "out"
+    arguments = ["--output-dir", str(output), "--dataset", "demo-0"]
+
+    def interrupted(wait_for: str) -> Thread:
+        def watch() -> None:
+            while not list(output.glob(wait_for)):
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        return Thread(target=watch)
+
+    for wait_for in ("trial/gamma/config.json", "demo-0--tiny--seed0/dpo/config.json"):
+        thread = interrupted(wait_for)
+        thread.start()
+        assert reproduce.main(arguments) == 75
+        thread.join()
+        assert capsys.readouterr().err == "reproduce: interrupted and saved: the same command goes on\n"
+    log = (output / "logs" / "demo-0--tiny--seed0--dpo.log").read_text()
+    assert "the same command goes on" in log.splitlines()[-1]
+    launch = Counting()
+    assert reproduce.main(arguments, launch) == 0, capsys.readouterr()
+    assert [c[0] for c in launch.commands] == ["train.py"] * 3 + ["evaluate.py"]  # no second trial
 
 
 def test_a_directory_of_something_else_is_refused(small_grid, tmp_path, capsys):

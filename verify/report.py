@@ -18,7 +18,7 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,7 +133,7 @@ def all_positive(source: str, text: str, claims: Claims, missing: str, strict: b
     return Statement(source, text, CANNOT, why, evidence)
 
 
-def same_order(source: str, text: str, pairs: dict[str, Claims], missing: str) -> Statement:
+def same_order(source: str, text: str, pairs: Mapping[str, Claims], missing: str) -> Statement:
     """The statement that each difference (per pair of data sets) has one sign in all of its settings.
 
     Holds if in every pair all 95 % intervals lie on one side; does not if a pair has intervals on both sides at a level

@@ -11,6 +11,7 @@ Exit status: 0, 1 if a run failed, 2 for a mistake in what was asked for, 75 if 
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -125,6 +126,11 @@ def shared_files(folder: Path) -> list[str]:
 
 # --- processes -------------------------------------------------------------------------------------------------------
 
+
+class Stopped(Exception):
+    """A signal came, and what was running has saved its state."""
+
+
 Launch = Callable[[list[str], Path], int]
 children: list[subprocess.Popen] = []
 stopped: list[int] = []  # signals that came
@@ -197,7 +203,7 @@ def measure(cell: Cell, scale: Scale, output: Path, data_dir: str, launch: Launc
     began = time.monotonic()
     if status := launch(["train.py", *flags], log):
         if stopped:
-            return {}
+            raise Stopped
         message = last_line(log).removeprefix("train.py: error: ")
         raise UserError(f"the trial of {cell.pair} ended with status {status}: {message} (whole output: {log})")
     wall = time.monotonic() - began
@@ -271,34 +277,30 @@ def make_plan(args: argparse.Namespace, scale: Scale, output: Path, launch: Laun
     grid = {"scale": args.scale, "models": args.model, "datasets": args.dataset, "flags": scale.flags}
     grid |= {"configurations": CONFIGURATIONS, "seeds": [args.seed + k for k in range(args.seeds)]}
     grid |= {"data_dir": args.data_dir, "versions": versions()}
-    path = output / "plan.json"
+    path, plan = output / "plan.json", grid | {"trials": {}}
     if path.exists():
-        plan = read_json(path)
+        found = read_json(path)
         # More seeds may follow; all else has to be the same, or the runs could not stand in one table.
-        known = {k: v for k, v in plan.items() if k not in ("trials", "seeds")}
-        if known != (mine := {k: v for k, v in grid.items() if k != "seeds"}):
+        known = {k: v for k, v in found.items() if k not in ("trials", "seeds")}
+        mine = {k: v for k, v in grid.items() if k != "seeds"}
+        if known == mine:
+            plan = found | {"seeds": sorted({*found["seeds"], *grid["seeds"]})}
+        elif (output / "runs.jsonl").exists():
             raise UserError(
                 f"--output-dir {output} holds another grid ({differences(known, mine)}): finish it with what it was "
                 "made with, or choose another directory; nothing was changed"
             )
-        plan["seeds"] = sorted({*plan["seeds"], *grid["seeds"]})
-        return plan
     elif output.exists() and any(output.iterdir()):
         raise UserError(f"--output-dir {output} is not empty and holds no plan.json: choose another directory")
-    plan = grid | {"trials": {}}
     train.writable_directory("--output-dir", output)
+    write_json(path, plan)
     for cell in cells:
-        make_model(cell, output, args.data_dir, launch)
-        print(f"trial: {cell.pair}", flush=True)
-        trial = measure(cell, scale, output, args.data_dir, launch)
-        if stopped:
-            raise Stopped
-        plan["trials"][cell.pair] = trial
+        if cell.pair not in plan["trials"]:
+            make_model(cell, output, args.data_dir, launch)
+            print(f"trial: {cell.pair}", flush=True)
+            plan["trials"][cell.pair] = measure(cell, scale, output, args.data_dir, launch)
+            write_json(path, plan)
     return plan
-
-
-class Stopped(Exception):
-    """A signal came, and what was running has saved its state."""
 
 
 def make_model(cell: Cell, output: Path, data_dir: str, launch: Launch) -> None:
@@ -309,6 +311,8 @@ def make_model(cell: Cell, output: Path, data_dir: str, launch: Launch) -> None:
     command = ["-m", "verify.small_model", "--architecture", cell.model, "--output", str(path)]
     log = output / "logs" / f"model--{path.name}.log"
     if launch([*command, *data_flags(cell.dataset, data_dir)], log):
+        if stopped:
+            raise Stopped
         raise UserError(f"no model for {cell.dataset}: {last_line(log).removeprefix('small_model: error: ')}")
 
 
@@ -433,7 +437,7 @@ def run_grid(plan: dict[str, Any], scale: Scale, args: argparse.Namespace, outpu
                 progress.done += 1
             else:
                 command = ["train.py", *configuration, *flags, "--output-dir", str(run)]
-                progress.run(f"{cell.name}/{name}", [command], lambda run=run: run_result(run))
+                progress.run(f"{cell.name}/{name}", [command], functools.partial(run_result, run))
             if finished(run):
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)  # the policy is exported
         if not any(finished(folder / name) for name in CONFIGURATIONS):
@@ -506,7 +510,6 @@ def main(argv: Sequence[str] | None = None, launch: Launch = start) -> int:
                         f"--output-dir {output} has {room / 1e9:.2f} GB free, the plan needs {(need - have) / 1e9:.2f} "
                         "GB more: make room, choose another directory, or ask for less"
                     )
-                write_json(output / "plan.json", plan)
                 if args.plan_only:
                     return 0
                 failures = run_grid(plan, scale, args, output, launch)
