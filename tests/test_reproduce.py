@@ -136,6 +136,9 @@ def test_every_number_of_the_report_is_that_of_the_runs(grid):
     ]
     assert f"{sum(both) / 2:.3f} [" in text
     assert "values" not in mine["margins"]  # of single pairs
+    # What is shown to others names no directory of this machine.
+    for path in (output / "report").glob("report.*"):
+        assert str(output) not in path.read_text(), path
 
 
 def test_the_report_has_its_figures_and_the_page_stands_alone(grid):

@@ -195,7 +195,7 @@ def read_run(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         "seconds_per_update": config["batch_size"] / statistics.median(speeds),
         "wall_seconds": record.get("seconds"),
         "command": shlex.join(record["commands"][-1]) if record else None,
-        "config": config | {"model": Path(config["model"]).name},
+        "config": config | {name: Path(config[name]).name for name in ("model", "dataset")},
         "data": {k: read_json(folder / "data.json")[k] for k in ("rows_read", "rows_dropped", "split", "tokenised")},
     }
 
@@ -277,7 +277,21 @@ def collect(output: Path) -> dict[str, Any]:
     if not cells:
         raise UserError(f"{output} holds no finished run: run python -m verify.reproduce --output-dir {output}")
     failures = {name: record["status"] for name, record in records.items() if record["status"]}
-    return {"plan": plan, "environment": environment(), "cells": cells, "failures": failures}
+    data = {"plan": plan, "environment": environment(), "cells": cells, "failures": failures}
+    # What is shown to others names no directory of this machine.
+    places = {str(output): "RUNS", plan["data_dir"]: "$MIXDPO_DATA"}
+    return without_places(data, {place: name for place, name in places.items() if place.startswith("/")})
+
+
+def without_places(value: Any, places: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: without_places(entry, places) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_places(entry, places) for entry in value]
+    if isinstance(value, str):
+        for place, name in places.items():
+            value = value.replace(place, name)
+    return value
 
 
 def environment() -> dict[str, Any]:
@@ -664,7 +678,12 @@ def draw_times(plt: Any, by_column: dict[Column, list[dict[str, Any]]], output: 
     axis.legend(frameon=False, fontsize=7, loc="lower right")
     evaluate.save_figure(figure, output / "fig5")
     plt.close(figure)
-    return [("fig5", "Fig. 5: median time of an update relative to DPO's in the same cell (bars: ± 1 sd over cells).")]
+    return [
+        (
+            "fig5",
+            "Fig. 5: median time of an update over DPO's in the same cell (± 1 sd over cells; other load disturbs it).",
+        )
+    ]
 
 
 def draw_confound(plt: Any, by_column: dict[Column, list[dict[str, Any]]], output: Path) -> list[tuple[str, str]]:
@@ -735,7 +754,7 @@ def blocks_of(data: dict[str, Any], found: list[Statement], figures: list[tuple[
         else "cluster bootstrap over held-out pairs, of one seed: what another training run would give is not in them"
     )
     blocks: list[Block] = [
-        ("h1", f"Reproduction at scale `{plan['scale']}`"),
+        ("h1", f"Reproduction at scale {plan['scale']}"),
         (
             "p",
             f"{', '.join(plan['models'])} on {', '.join(plan['datasets'])}; {seeds} seed(s), "
