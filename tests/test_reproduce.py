@@ -196,6 +196,19 @@ def test_win_rates_of_a_finished_grid(grid, tmp_path, capsys, monkeypatch):
     assert {c["reference"] for c in saved["comparisons"]} == {"dpo"}
 
 
+def test_all_local_devices_are_used(monkeypatch):
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 4"
+    for devices, command, expected in (
+        (0, ["train.py"], "train.py"),
+        (1, ["train.py"], "train.py"),
+        (4, ["train.py"], f"{launcher} train.py"),
+        (4, ["evaluate.py", "margins"], f"{launcher} evaluate.py margins"),
+        (4, ["evaluate.py", "judge"], "evaluate.py judge"),
+    ):
+        monkeypatch.setattr(reproduce.torch.cuda, "device_count", lambda devices=devices: devices)
+        assert " ".join(reproduce.command_line(command)[1:]) == expected
+
+
 BAD = {
     "unknown data set": (["--dataset", "nonsense"], "--dataset nonsense is unknown: one of hh, prism,"),
     "unknown model": (["--model", "no/such-model"], "--model no/such-model cannot be reached"),

@@ -12,6 +12,7 @@ is never judged without an interval.
 import base64
 import html
 import itertools
+import json
 import math
 import os
 import platform
@@ -29,7 +30,7 @@ from scipy.special import ndtri, stdtrit
 
 import evaluate
 import train
-from train import UserError, read_json, write_json, write_text
+from train import UserError, read_json, write_text
 from verify.reproduce import CONFIGURATIONS, MATCHED_BETA, Cell, finished, lines_of
 
 HOLDS, DOES_NOT, CANNOT = "holds here", "does not hold here", "cannot be told here"
@@ -183,20 +184,28 @@ def equals(source: str, text: str, claims: Sequence[tuple[str, Measured | None, 
 
 def read_run(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     lines = lines_of(folder)
-    evaluations = [line for line in lines if "eval/loss" in line]
     speeds = [line["train/examples_per_second"] for line in lines if "train/examples_per_second" in line]
-    config = {k: v for k, v in read_json(folder / "config.json").items() if k not in train.LOCATION_FLAGS}
     return {
         "strength": read_json(folder / "strength.json"),
         "trajectory": evaluate.beta_history(folder),
-        "evaluations": evaluations,
+        "held_out": [line for line in lines if "eval/loss" in line][-1],
         "updates": lines[-1]["step"],
         # The median is not disturbed by what else a machine does now and then.
-        "seconds_per_update": config["batch_size"] / statistics.median(speeds),
+        "seconds_per_update": read_json(folder / "config.json")["batch_size"] / statistics.median(speeds),
         "wall_seconds": record.get("seconds"),
         "command": shlex.join(record["commands"][-1]) if record else None,
+    }
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the runs of a cell have in common: flags, and what became of the data."""
+    config = {k: v for k, v in read_json(folder / "config.json").items() if k not in train.LOCATION_FLAGS}
+    own = {name for flags in CONFIGURATIONS.values() for name in flags if name.startswith("--")}
+    config = {k: v for k, v in config.items() if "--" + k.replace("_", "-") not in own}
+    data = read_json(folder / "data.json")
+    return {
         "config": config | {name: Path(config[name]).name for name in ("model", "dataset")},
-        "data": {k: read_json(folder / "data.json")[k] for k in ("rows_read", "rows_dropped", "split", "tokenised")},
+        "data": {k: data[k] for k in ("rows_read", "rows_dropped", "split", "tokenised")},
     }
 
 
@@ -271,6 +280,7 @@ def collect(output: Path) -> dict[str, Any]:
             if runs:
                 cells[cell.name] = asdict(cell) | {
                     "runs": runs,
+                    **read_settings(folder / next(iter(runs))),
                     "margins": read_margins(folder),
                     "win_rates": read_win_rates(folder),
                 }
@@ -561,7 +571,7 @@ def strength_table(by_column: dict[Column, list[dict[str, Any]]]) -> Table:
 def data_table(by_column: dict[Column, list[dict[str, Any]]]) -> Table:
     rows = []
     for (dataset, model), cells in by_column.items():
-        data = next(iter(cells[0]["runs"].values()))["data"]
+        data = cells[0]["data"]
         counts = data["tokenised"]["train"]
         lost = [str(counts[k]) for k in ("pairs", "used", "prompt_cut", "response_cut", "eos_lost")]
         dropped = {k: v for k, v in counts.items() if k.startswith("dropped_") and v} | data["rows_dropped"]
@@ -882,7 +892,8 @@ def write(runs: Path, output: Path | None = None) -> Path:
     output = train.writable_directory("--output-dir", output or runs / "report")
     data = collect(runs)
     found = statements(data)
-    write_json(output / "report.json", data | {"statements": [asdict(s) for s in found]})
+    # Without indentation it is a third of the size.
+    write_text(output / "report.json", json.dumps(data | {"statements": [asdict(s) for s in found]}) + "\n")
     blocks = blocks_of(data, found, draw(data, output, runs))
     write_text(output / "report.md", as_markdown(blocks))
     write_text(output / "report.html", as_html(blocks, output))
