@@ -15,6 +15,7 @@ import pytest
 
 import evaluate
 import train
+from tests.conftest import ROOT
 from tests.judge_server import serve
 from verify import report, reproduce
 from verify.report import CANNOT, DOES_NOT, HOLDS, Measured
@@ -207,6 +208,16 @@ def test_all_local_devices_are_used(monkeypatch):
     ):
         monkeypatch.setattr(reproduce.torch.cuda, "device_count", lambda devices=devices: devices)
         assert " ".join(reproduce.command_line(command)[1:]) == expected
+
+
+def test_the_readme_shows_the_saved_report():
+    saved = ROOT / "verify" / "results" / "reproduce-tiny"
+    data = json.loads((saved / "report.json").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = text.split(report.BEGIN)[1].split(report.END)[0].strip()
+    assert shown == report.short(data), "python -m verify.report RUNS --output-dir DIR --readme README.md"
+    for figure in re.findall(r"!\[.*\]\((.*)\)", (saved / "report.md").read_text(encoding="utf-8")):
+        assert (saved / figure).exists(), figure
 
 
 BAD = {

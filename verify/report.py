@@ -1,5 +1,7 @@
 """The report of a grid that verify.reproduce ran: python -m verify.report runs/reproduce-tiny [--output-dir DIR]
 
+With --readme README.md the short version, the statements and their verdicts, goes between the marks there.
+
 Writes report.md, report.html (one file, for reading) and figures (PNG, SVG), all from report.json, which holds every
 number shown. It holds no text and no person of the data sets: means of groups alone.
 
@@ -31,6 +33,7 @@ from scipy.special import ndtri, stdtrit
 import evaluate
 import train
 from train import UserError, read_json, write_text
+from verify.__main__ import into_readme
 from verify.reproduce import CONFIGURATIONS, MATCHED_BETA, Cell, finished, lines_of
 
 HOLDS, DOES_NOT, CANNOT = "holds here", "does not hold here", "cannot be told here"
@@ -40,6 +43,7 @@ METHODS = {"dpo": ("DPO", "—"), "dpo-matched": (f"DPO, beta {MATCHED_BETA}", "
     for name in CONFIGURATIONS
     if "dpo" not in name
 }
+BEGIN, END = "<!-- reproduce:begin -->", "<!-- reproduce:end -->"
 BASELINES = ("dpo", "dpo-matched")
 
 
@@ -887,6 +891,19 @@ def as_html(blocks: list[Block], folder: Path) -> str:
     return PAGE.format(body="\n".join(parts))
 
 
+def short(report: dict[str, Any]) -> str:
+    """The README's version of a report.json: what could be tested there, and the verdicts."""
+    plan = report["plan"]
+    runs = sum(len(cell["runs"]) for cell in report["cells"].values())
+    told = [[s["text"], s["source"], s["verdict"], s["why"]] for s in report["statements"] if s["evidence"]]
+    header = ["statement of the paper", "where", "verdict", "because"]
+    return (
+        f"Scale {plan['scale']}: {', '.join(plan['datasets'])}; {runs} preference runs over {len(plan['seeds'])} "
+        f"seeds; {len(report['statements']) - len(told)} more statements need a judge or other data.\n\n"
+        f"{evaluate.markdown(header, told)}"
+    )
+
+
 def write(runs: Path, output: Path | None = None) -> Path:
     """The report of the grid in `runs`, beside it in report/ unless told otherwise; returns report.md."""
     output = train.writable_directory("--output-dir", output or runs / "report")
@@ -904,11 +921,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = train.Parser(prog="report", description=__doc__)
     parser.add_argument("runs", help="the --output-dir of verify.reproduce")
     parser.add_argument("--output-dir", help="default: report/ inside it")
+    parser.add_argument("--readme", help="put the short version between the marks in this file")
     try:
         args = parser.parse_args(argv)
         if not Path(args.runs, "plan.json").is_file():
             raise UserError(f"{args.runs} holds no plan.json: pass the --output-dir of verify.reproduce")
-        print(write(Path(args.runs), Path(args.output_dir) if args.output_dir else None))
+        written = write(Path(args.runs), Path(args.output_dir) if args.output_dir else None)
+        if args.readme:
+            into_readme(short(read_json(written.with_name("report.json"))), Path(args.readme), BEGIN, END)
+        print(written)
     except UserError as e:
         return train.report_error("report", e, argv)
     return 0
