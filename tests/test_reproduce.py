@@ -210,6 +210,13 @@ def test_all_local_devices_are_used(monkeypatch):
         assert " ".join(reproduce.command_line(command)[1:]) == expected
 
 
+def test_a_readme_without_marks_is_left_alone(grid, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    assert report.main([str(grid[0]), "--output-dir", str(tmp_path), "--readme", str(tmp_path / "README.md")]) == 2
+    assert "put both where the table should stand" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 def test_the_readme_shows_the_saved_report():
     saved = ROOT / "verify" / "results" / "reproduce-tiny"
     data = json.loads((saved / "report.json").read_text(encoding="utf-8"))

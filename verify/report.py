@@ -33,7 +33,6 @@ from scipy.special import ndtri, stdtrit
 import evaluate
 import train
 from train import UserError, read_json, write_text
-from verify.__main__ import into_readme
 from verify.reproduce import CONFIGURATIONS, MATCHED_BETA, Cell, finished, lines_of
 
 HOLDS, DOES_NOT, CANNOT = "holds here", "does not hold here", "cannot be told here"
@@ -689,7 +688,7 @@ def draw_times(plt: Any, by_column: dict[Column, list[dict[str, Any]]], output: 
     places = [i for i, n in enumerate(ratios) if n in stated]
     axis.plot(places, [stated[n] for n in ratios if n in stated], "k_", markersize=22, label="stated in the paper")
     axis.set(ylabel="time of an update, DPO = 1", ylim=(0, None))
-    axis.legend(frameon=False, fontsize=7, loc="lower right")
+    figure.legend(frameon=False, fontsize=7, loc="outside upper right")
     evaluate.save_figure(figure, output / "fig5")
     plt.close(figure)
     return [
@@ -751,7 +750,12 @@ def draw_planted(plt: Any, by_column: dict[Column, list[dict[str, Any]]], output
     figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=7)
     evaluate.save_figure(figure, output / "planted")
     plt.close(figure)
-    return [("planted", "Learned cv at the end of training against the planted one (small: seeds, large: their mean).")]
+    return [
+        (
+            "planted",
+            "Learned cv at the end of training against the planted one (small: seeds, large: their mean; moved apart).",
+        )
+    ]
 
 
 # --- the two texts, from the same blocks -----------------------------------------------------------------------------
@@ -928,7 +932,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{args.runs} holds no plan.json: pass the --output-dir of verify.reproduce")
         written = write(Path(args.runs), Path(args.output_dir) if args.output_dir else None)
         if args.readme:
-            into_readme(short(read_json(written.with_name("report.json"))), Path(args.readme), BEGIN, END)
+            from verify import __main__ as checks  # here, as it sets a style for figures of its own
+
+            try:
+                text = short(read_json(written.with_name("report.json")))
+                checks.into_readme(text, Path(args.readme), BEGIN, END)
+            except checks.UserError as e:
+                raise UserError(str(e)) from e
         print(written)
     except UserError as e:
         return train.report_error("report", e, argv)
