@@ -673,7 +673,7 @@ def policy_run(policy: Path) -> dict[str, Any]:
     """What the table of win rates is laid out by; empty for a policy that no run left here."""
     if policy.name != "policy" or not (policy.parent / "config.json").is_file():
         return {}
-    return {name: getattr(run_config(policy), name) for name in ("dist", "beta_lr", "dataset", "model", "seed")}
+    return {name: getattr(run_config(policy), name) for name in ("dist", "beta", "beta_lr", "dataset", "model", "seed")}
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -1428,7 +1428,10 @@ NOTES = (
 def place_of(run: dict[str, Any], policy: str) -> dict[str, Any]:
     """Where a run's rates stand in the table: its row (method, beta LR) and its column (data, model)."""
     lr = run.get("beta_lr") if run.get("dist") != "dpo" else None
-    row = (METHODS.get(run.get("dist", ""), policy), f"{lr:g}" if lr else "—")
+    method = METHODS.get(run.get("dist", ""), policy)
+    if run.get("dist") == "dpo" and run.get("beta", 0.1) != 0.1:
+        method = f"DPO, beta {run['beta']:g}"  # a row of its own: it is another baseline
+    row = (method, f"{lr:g}" if lr else "—")
     return {"row": row, "column": f"{Path(run['dataset']).stem}, {Path(run['model']).name}" if run else "—"}
 
 
@@ -1504,7 +1507,8 @@ def compare(every: list[dict[str, Any]], cells: list[dict[str, Any]]) -> list[di
     shown = [judged for judged, cell in zip(every, cells, strict=True) if not cell["reason"]]
     comparisons = []
     for column in dict.fromkeys(judged["column"] for judged in shown):
-        peers = sorted((j for j in shown if j["column"] == column), key=lambda j: j["run"].get("dist") != "dpo")
+        baseline_first = partial(sorted, key=lambda j: (j["run"].get("dist") != "dpo", j["run"].get("beta") != 0.1))
+        peers = baseline_first(j for j in shown if j["column"] == column)
         comparisons += [comparison(judged, peers[0]) for judged in peers[1:]]
     for name in ("win_rate", "length_controlled"):
         tests = [c[name]["test"] for c in comparisons if c[name]["test"]["p_value"] is not None]
@@ -1649,6 +1653,8 @@ def command_margins(args: argparse.Namespace, world: World) -> None:
         "subgroup_gains": gain_groups,
         "worst": worst,
         "rows": pairs.rows,
+        "cluster": resamples.member.tolist(),
+        "labels": labels,
         "values": {name: {kind: v.tolist() for kind, v in kinds.items()} for name, kinds in values.items()},
         "strength": history,
     }

@@ -1,5 +1,5 @@
 """The project's commands: `pip install nox`, then `nox -s demo`, `tests`, `lint`, `verify`, `interop`, `judge`,
-`bench`, `faults`.
+`bench`, `faults`, `reproduce`, `loggers`.
 
 Each session has its own environment under .nox/, installed once from the pinned groups of pyproject.toml.
 """
@@ -87,3 +87,17 @@ def judge(session: nox.Session) -> None:
     """Win rates end to end with `transformers serve`: it answers for a policy and is the judge."""
     install(session, "dev", "judge")
     session.run("python", "-m", "verify.judge_session", *session.posargs)
+
+
+@nox.session
+def reproduce(session: nox.Session) -> None:
+    """The paper's experiments and their report: `-- --model M --dataset D --scale tiny|small|paper`."""
+    install(session, "dev")
+    session.run("python", "-m", "verify.reproduce", *session.posargs)
+
+
+@nox.session
+def loggers(session: nox.Session) -> None:
+    """What tensorboard and wandb (offline) are given; without them these tests are skipped."""
+    install(session, "dev", "loggers")
+    session.run("python", "-m", "pytest", "tests/test_loggers.py", *session.posargs)

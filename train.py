@@ -31,6 +31,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -163,6 +164,7 @@ class Config:
     reference_dtype: Literal["bfloat16", "tfloat32", "float32"] = flag(
         "float32", "compute dtype of the reference pass; tfloat32: float32 with the GPU's shorter products"
     )
+    logger: Literal["none", "tensorboard", "wandb"] = flag("none", "where metrics go beside metrics.jsonl")
     demo_heterogeneity: float = flag(
         0.5, "demo: coefficient of variation of the annotators' strength, 0 for none", ">= 0"
     )
@@ -186,7 +188,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # What a run leaves may be compared and shared whatever these are.
-LOCATION_FLAGS = ("output_dir", "sft_dir", "reference_cache", "data_dir", "preset", "keep", "resume")
+LOCATION_FLAGS = ("output_dir", "sft_dir", "reference_cache", "data_dir", "preset", "keep", "resume", "logger")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1944,13 +1946,62 @@ def strength_values(strength: Strength) -> dict[str, float]:
     return {name: getattr(strength, name).item() for name in names}
 
 
-def log_metrics(
-    path: Path, step: int, examples: int, prefix: str, metrics: dict[str, float], strength: Strength
-) -> None:
-    """Appends one line to metrics.jsonl."""
-    row = {"step": step, "examples": examples} | {f"{prefix}/{k}": v for k, v in metrics.items()}
-    with writing(path), open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(row | beta_metrics(strength)) + "\n")
+class Logger:
+    """Repeats metrics.jsonl to --logger, under the same names, with the configuration; and a table at the end."""
+
+    def __init__(self, config: Config, step: int) -> None:
+        """step: the update that the run goes on after."""
+        self.path = Path(config.output_dir) / "metrics.jsonl"
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        if config.logger == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What a killed run wrote after its checkpoint is written again.
+            self.tensorboard = SummaryWriter(self.path.parent / "tensorboard", purge_step=step + 1 if step else 0)
+            self.tensorboard.add_text("config", table_of(dataclasses.asdict(config)))
+        elif config.logger == "wandb":
+            import wandb
+
+            place = {"project": "mixdpo", "name": self.path.parent.name, "dir": self.path.parent}
+            try:
+                self.wandb = wandb.init(**place, config=dataclasses.asdict(config), resume="auto")
+            except wandb.Error as e:
+                raise UserError(
+                    f"--logger wandb: {brief(e)}: set WANDB_API_KEY, or WANDB_MODE=offline, and start again"
+                ) from e
+
+    def log(self, step: int, examples: int, prefix: str, metrics: dict[str, float], strength: Strength) -> None:
+        row = {"step": step, "examples": examples} | {f"{prefix}/{k}": v for k, v in metrics.items()}
+        row |= beta_metrics(strength)
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        if self.tensorboard:
+            for name, value in row.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(row, step=step)
+
+    def table(self, values: dict[str, Any]) -> None:
+        if self.tensorboard:
+            self.tensorboard.add_text("final", table_of(values))
+        if self.wandb:
+            import wandb
+
+            rows = [[name, str(value)] for name, value in values.items()]
+            self.wandb.log({"final": wandb.Table(["name", "value"], data=rows)})
+
+    def close(self) -> None:
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def table_of(values: dict[str, Any]) -> str:
+    return "\n".join(
+        ["| name | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in values.items())]
+    )
 
 
 def evaluate_policy(
@@ -2067,7 +2118,7 @@ def train(
     def evaluate(step: int) -> None:
         metrics = evaluate_policy(config, network, strength, held_out, reference["validation"], world)
         if world.rank == 0:
-            log_metrics(path, step, examples, "eval", metrics, strength)
+            logger.log(step, examples, "eval", metrics, strength)
         beta = ", ".join(f"{name} {value:.4g}" for name, value in beta_metrics(strength).items())
         world.print(
             f"{examples:>7,} examples: held-out loss {metrics['loss']:.4f}, accuracy "
@@ -2076,14 +2127,18 @@ def train(
 
     state = nn.ModuleDict({"policy": network, "strength": strength})
     mine = key | {"mixdpo": file_hash(Path(mixdpo.__file__))}
-    with contextlib.closing(
-        Checkpoints(output / "checkpoints", config.keep, mine, state, optimizer, schedule, world)
-    ) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            contextlib.closing(
+                Checkpoints(output / "checkpoints", config.keep, mine, state, optimizer, schedule, world)
+            )
+        )
         progress = checkpoints.restore() or {"step": 0, "examples": 0, "metrics_bytes": 0}
         examples = progress["examples"]
         with world.rank_zero_first():
             if world.rank == 0:
                 cut_metrics(path, progress["metrics_bytes"])
+                logger = stack.enter_context(contextlib.closing(Logger(config, progress["step"])))
         if progress["step"]:
             world.print(f"goes on after update {progress['step']} of {last}")
         else:
@@ -2109,7 +2164,7 @@ def train(
                 metrics = row_metrics(values[:, 1:]) | {"grad_norm": grad_norm, "beta_grad_norm": beta_grad_norm}
                 metrics["examples_per_second"] = len(batch) / (time.perf_counter() - began)
                 if world.rank == 0:
-                    log_metrics(path, step, examples, "train", metrics, strength)
+                    logger.log(step, examples, "train", metrics, strength)
                 bar.update(len(batch))
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}")
                 if step % eval_steps == 0 or step == last:
@@ -2125,6 +2180,9 @@ def train(
                     checkpoints.wait()
                     raise Interrupted(f"interrupted and saved after update {step}: the same command goes on")
         checkpoints.wait()
+        if world.rank == 0:
+            counts = read_json(output / "data.json")["tokenised"]["train"]
+            logger.table(strength_values(strength) | beta_metrics(strength) | counts)
     return strength
 
 
@@ -2192,6 +2250,10 @@ def run(config: Config, world: World, held: contextlib.ExitStack) -> None:
                 f"--{name.replace('_', '-')} {getattr(config, name)} is not a multiple of the {world.size} ranks: "
                 "change one of them"
             )
+    if config.logger != "none" and not importlib.util.find_spec(config.logger):
+        raise UserError(
+            f"--logger {config.logger} needs {config.logger}: pip install 'mixdpo[loggers]', or pip install it"
+        )
     with world.rank_zero_first():
         model = locate_model(config.model)
     tokenizer = load_tokenizer(model)
@@ -2254,8 +2316,45 @@ def run(config: Config, world: World, held: contextlib.ExitStack) -> None:
     export(network, tokenizer, output / "policy", world)
     if world.rank == 0:
         summary = {"family": config.dist, "learned": bool(list(strength.parameters()))} | strength_values(strength)
-        write_json(output / "strength.json", summary | {k[5:]: v for k, v in beta_metrics(strength).items()})
+        summary |= {k[5:]: v for k, v in beta_metrics(strength).items()}
+        lines = map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        *_, last = (line for line in lines if "eval/loss" in line)
+        held_out = {k[5:]: v for k, v in last.items() if k.startswith("eval/")}
+        card = model_card(config, summary, report["tokenised"]["train"], held_out)
+        write_text(output / "policy" / "README.md", card)
+        write_json(output / "strength.json", summary)  # last: it says that the run is finished
     world.print(f"{strength}: policy and strength are in {output}")
+
+
+LICENCES = {
+    "hh": "Anthropic HH: MIT.",
+    "prism": "PRISM: human texts CC-BY-4.0, responses of models CC-BY-NC-4.0 and under the terms of their providers.",
+    "community-alignment": "Community Alignment: CC-BY-4.0.",
+    "demo": "Demonstration data made by train.py.",
+}
+
+
+def model_card(config: Config, summary: dict[str, Any], counts: dict[str, int], held_out: dict[str, float]) -> str:
+    """policy/README.md. summary: strength.json; counts: of the training pairs; held_out: the last metrics."""
+    base = "random weights" if config.model == "tiny" else Path(config.model).name
+    # A hub id, and no directory of this machine.
+    front = f"base_model: {config.model}\n" if config.model.count("/") == 1 and not Path(config.model).exists() else ""
+    data = Path(config.dataset).name
+    flags = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*LOCATION_FLAGS, "model", "dataset")}
+    return (
+        f"---\nlibrary_name: transformers\ntags: [dpo, mixdpo, preference]\n{front}---\n\n"
+        f"# {base}, {config.dist} on {data}\n\n"
+        "Trained by train.py of MixDPO (arXiv 2601.06180): SFT on the chosen responses, then preference training with "
+        "`-log E_beta[sigma(beta * delta_r)]`. Load it with `AutoModelForCausalLM.from_pretrained`; weights are "
+        "float32.\n\n"
+        f"## Preference strength\n\n{table_of(summary)}\n\n"
+        f"## Held-out pairs, at the end of training\n\n{table_of(held_out)}\n\n"
+        "Log-probs are summed over response tokens, in nats; the preference margin is logps/chosen - logps/rejected. "
+        "Margins of subgroups: `evaluate.py margins`.\n\n"
+        f"## Data\n\n{LICENCES.get(config.dataset, 'A file of your own: its licence is yours to state.')} "
+        "A policy may carry the conditions of the base model and of the data.\n\n"
+        f"{table_of(counts)}\n\n## Settings\n\n{table_of(flags)}\n"
+    )
 
 
 def quiet_libraries() -> None:
