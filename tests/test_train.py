@@ -224,9 +224,7 @@ def test_micro_batches_sum_to_the_whole_batch():
 
 
 @pytest.mark.parametrize("economy", ["activation_checkpointing", "compile_blocks"])
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning"
-)  # dynamo's own
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
 def test_economies_leave_the_gradients_alone(economy, monkeypatch):
     pairs, found, seen = random_pairs(), [], []
     forward, compile_module = LlamaDecoderLayer.forward, torch.nn.Module.compile

@@ -67,7 +67,7 @@ SCALES = {
     "small": Scale(
         ["llama", "gpt_neox"],
         ["hh", "prism", "community-alignment"],
-        "--policy-dtype float32 --max-pairs 5000 --sft-lr 1e-3 --lr 5e-5 --warmup 20 --eval-every 1280".split(),
+        "--policy-dtype float32 --max-pairs 2560 --sft-lr 1e-3 --lr 1e-4 --warmup 5 --eval-every 1280".split(),
         "2 to 3 M parameters, random weights, trained on the text of the data set alone",
     ),
     "paper": Scale(
