@@ -52,7 +52,14 @@ def test_greedy_answers_equal_a_plain_forward(one_process, greedy):
             ids.append(token)
         assert row["output"] == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
     settings = json.loads((greedy / "gamma.json").read_text())
-    assert settings["run"] == {"dist": "gamma", "beta_lr": 3e-4, "dataset": "demo", "model": "tiny", "seed": 0}
+    assert settings["run"] == {
+        "dist": "gamma",
+        "beta": 0.1,
+        "beta_lr": 3e-4,
+        "dataset": "demo",
+        "model": "tiny",
+        "seed": 0,
+    }
     assert (settings["temperature"], settings["max_new_tokens"], settings["seed"]) == (0.0, 24, 0)
 
 

@@ -140,7 +140,15 @@ def figures(full: bool) -> dict[str, Figure]:
     look: dict[str, tuple[str, str]] = {
         "DPO": (plots.BLACK, ":"), "LogNormal": (plots.ORANGE, "--"), "Gamma": (plots.BLUE, "-")
     }  # fmt: skip
-    figure, axes = plots.panels(2, width=5)
+    figure, (choice, *axes) = plots.panels(3, width=4.2)
+    line = np.linspace(-60, 60, 601)
+    for name, model in models.items():
+        colour, style = look[name]
+        with torch.no_grad():
+            chosen = model.log_choice_prob(torch.from_numpy(line)).exp()
+        choice.plot(line, chosen, style, color=colour, lw=2, label=name)
+    choice.set(xlabel="delta (nats)", ylabel="E[sigma(beta delta)]", title="probability of the choice")
+    choice.legend()
     plotters: list[Callable[..., list]] = [axes[0].plot, axes[1].semilogy]
     for axis, plot, grid in zip(axes, plotters, (np.linspace(-100, 60, 801), np.linspace(0, 150, 601)), strict=True):
         for name, model in models.items():
@@ -158,8 +166,8 @@ def figures(full: bool) -> dict[str, Figure]:
                 )
         axis.set_xlabel("delta (nats)")
         axis.set_ylabel("w = d log E / d delta")
-    axes[0].plot(0, K / RATE / 2, "s", color=plots.BLACK, label="E[beta] / 2 at 0")
-    axes[0].set_title("equal mean 0.12; Gamma cv 0.71, LogNormal cv 0.66")
-    axes[1].set_title("fitted pairs; dots: crossings with DPO")
-    axes[0].legend()
+    middle = axes[0].plot(0, K / RATE / 2, "s", color=plots.BLACK, label="E[beta] / 2 at 0")
+    axes[0].set_title("weight of a pair in the gradient")
+    axes[1].set_title("of fitted pairs; dots: crossings with DPO")
+    axes[0].legend(handles=middle, loc="lower left")
     return {"weights": figure}
