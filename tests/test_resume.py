@@ -256,8 +256,10 @@ def wait_for(process: subprocess.Popen[str], path: Path) -> None:
 
 
 def test_an_interrupt_before_the_training_stops_at_once(tmp_path, monkeypatch, capsys):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
     def prepare(*args):
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "prepare", prepare)

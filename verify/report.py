@@ -630,16 +630,17 @@ def draw(data: dict[str, Any], output: Path, runs: Path) -> list[tuple[str, str]
             drawn.append((f"fig3--{stem}", f"Figs. 3 and 6, {dataset}, {model}: gains of subgroups over DPO.{one}"))
     drawn += draw_trajectories(plt, by_column, output)
     drawn += draw_times(plt, by_column, output)
-    for model in dict.fromkeys(model for _, model in by_column):
+    # Of the largest learning rate, which moves them most.
+    for model, dist in itertools.product(dict.fromkeys(m for _, m in by_column), ("lognormal", "gamma")):
+        name, stem = f"{dist}-1e-3", f"densities-{dist}--{model}"
         folders = {
-            f"{d}, {name}": runs / Cell(c[0]["model"], c[0]["dataset"], c[0]["seed"]).name / name
+            d: runs / Cell(c[0]["model"], c[0]["dataset"], c[0]["seed"]).name / name
             for (d, m), c in by_column.items()
-            for name in LEARNED
             if m == model and name in c[0]["runs"]
         }
         if folders:
-            evaluate.draw_densities(folders, output / f"densities--{model}")
-            drawn.append((f"densities--{model}", f"Learned densities of beta (dotted: where training began), {model}."))
+            evaluate.draw_densities(folders, output / stem)
+            drawn.append((stem, f"Learned {name}, {model}, first seed (dotted: where training began)."))
     drawn += draw_confound(plt, by_column, output)
     drawn += draw_planted(plt, by_column, output)
     return drawn
