@@ -79,7 +79,7 @@ def test_every_command_of_the_trainer_runs(tmp_path, monkeypatch, capsys):
             else:
                 continue
             ran += 1
-    assert ran == 8
+    assert ran == 11
     assert "LC-WR" in capsys.readouterr().out
 
 

@@ -630,15 +630,17 @@ def draw(data: dict[str, Any], output: Path, runs: Path) -> list[tuple[str, str]
             drawn.append((f"fig3--{stem}", f"Figs. 3 and 6, {dataset}, {model}: gains of subgroups over DPO.{one}"))
     drawn += draw_trajectories(plt, by_column, output)
     drawn += draw_times(plt, by_column, output)
-    # Of the largest learning rate, which moves them most.
     for model, dist in itertools.product(dict.fromkeys(m for _, m in by_column), ("lognormal", "gamma")):
-        name, stem = f"{dist}-1e-3", f"densities-{dist}--{model}"
-        folders = {
-            d: runs / Cell(c[0]["model"], c[0]["dataset"], c[0]["seed"]).name / name
-            for (d, m), c in by_column.items()
-            if m == model and name in c[0]["runs"]
-        }
-        if folders:
+        cells = {d: c[0] for (d, m), c in by_column.items() if m == model}
+        # The largest learning rate moves them most.
+        names = [n for n in CONFIGURATIONS if n.startswith(f"{dist}-") and any(n in c["runs"] for c in cells.values())]
+        if names:
+            name, stem = names[-1], f"densities-{dist}--{model}"
+            folders = {
+                d: runs / Cell(c["model"], c["dataset"], c["seed"]).name / name
+                for d, c in cells.items()
+                if name in c["runs"]
+            }
             evaluate.draw_densities(folders, output / stem)
             drawn.append((stem, f"Learned {name}, {model}, first seed (dotted: where training began)."))
     drawn += draw_confound(plt, by_column, output)
