@@ -43,11 +43,13 @@ import tempfile
 import threading
 import time
 import traceback
+import uuid
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -1401,6 +1403,30 @@ class World:
                 dist.broadcast_object_list(problem, 0)
 
 
+def meet(store: Any, rank: int, size: int) -> Any:
+    """The part of the store that the ranks alive now have to themselves.
+
+    torchrun keeps its store when it starts ranks again, and those of several machines are not started together: they
+    would read the addresses of the dead, or wait for them. So rank 0 lists who has come, until all who are on the list
+    answer.
+    """
+    me = uuid.uuid4().hex
+    store.set(f"come/{rank}", me)
+    while True:
+        if rank == 0:
+            store.set("list", ",".join(store.get(f"come/{r}").decode() for r in range(size)))
+        names = store.get("list").decode()
+        if names.split(",")[rank] != me:
+            time.sleep(0.05)
+            continue
+        place = digest(names)
+        store.set(f"{place}/{rank}", "here")
+        with contextlib.suppress(dist.DistStoreError):  # some have died: when others come, they are listed
+            store.wait([f"{place}/{r}" for r in range(size)] if rank == 0 else [f"{place}/all"], timedelta(seconds=1))
+            store.set(f"{place}/all", "here")
+            return dist.PrefixStore(place, store)
+
+
 @contextlib.contextmanager
 def start_processes() -> Iterator[World]:
     """Joins the processes of torchrun, or makes a group of one."""
@@ -1410,10 +1436,7 @@ def start_processes() -> Iterator[World]:
     if cuda:
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
-        # torchrun keeps its store when it starts ranks again: they would read the addresses of the dead. The count is
-        # the same for all ranks of one machine alone.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store = meet(store, rank, size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if cuda else None)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)

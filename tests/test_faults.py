@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,30 @@ MIB = 2**20
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
+launched: list[subprocess.Popen[str]] = []
+
+
 def launch(*command: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+    launched.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Of a test that fails, too."""
+    yield
+    while launched:
+        process = launched.pop()
+        if process.poll() is None:
+            ranks = children(process)
+            for victim in (process.pid, *ranks):
+                os.kill(victim, signal.SIGKILL)
+        with process:  # waits, and closes its pipe
+            pass
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
@@ -77,7 +97,7 @@ def before(monkeypatch, owner, name: str, call: int, action) -> None:
 
 FULL = {
     "cache": (train, "write_scores", 7, "reference.safetensors"),
-    "metrics": (train, "log_metrics", 1, "metrics.jsonl"),
+    "metrics": (train.Logger, "log", 1, "metrics.jsonl"),
     "checkpoint": (train.Checkpoints, "save", 3, "checkpoints"),
     "export": (train, "export", 1, "policy"),
 }
@@ -333,6 +353,27 @@ def test_ranks_started_again_do_not_look_for_the_dead(tmp_path):
     process = launch(*TORCHRUN, "--standalone", "--nproc_per_node", "2", "--max-restarts", "1", changed)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
+
+
+def test_ranks_meet_those_who_are_alive():
+    """Rank 1 came twice and died, before and after rank 0 came; rank 0 came twice."""
+    store = torch.distributed.HashStore()
+    store.set("come/1", "died before")
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(train.meet, store, 0, 2)
+        time.sleep(0.2)
+        store.set("come/1", "died after")
+        time.sleep(1.5)
+        assert not first.done()
+        met = [threads.submit(train.meet, store, 1, 2), first]
+        a, b = (future.result(timeout=30) for future in met)
+        a.set("address", "of rank 1")
+        assert b.get("address") == b"of rank 1"
+        # Started again, both: nothing of the first time is seen.
+        a, b = [f.result(timeout=30) for f in [threads.submit(train.meet, store, rank, 2) for rank in (1, 0)]]
+        assert not b.check(["address"])
+        a.set("address", "of another")
+        assert b.get("address") == b"of another"
 
 
 def test_when_a_rank_dies_the_others_stop_with_its_name(whole, tmp_path, record_property):
