@@ -312,8 +312,9 @@ def test_a_second_signal_stops_at_once(whole, tmp_path):
     assert_same_end(run, whole)
 
 
-def test_torchrun_stopped_saves_and_another_number_of_ranks_goes_on(whole, tmp_path, capsys):
-    """Rank 1 may not leave before rank 0 has hashed and renamed the files, which here takes a second each."""
+def test_signals_to_the_ranks_end_them_when_the_checkpoint_is_whole(whole, tmp_path):
+    """As a scheduler sends them. Were rank 1 to leave first, torchrun would send rank 0 a second one, which stops at
+    once, while it hashes the files, here a second for each."""
     run = tmp_path / "run"
     slow = script(
         tmp_path,
@@ -322,6 +323,18 @@ def test_torchrun_stopped_saves_and_another_number_of_ranks_goes_on(whole, tmp_p
     )
     flags = [*FLAGS, "--save-every", "992", *shared(whole), "--output-dir", str(run)]
     process = launch(*TORCHRUN, "--standalone", "--nproc_per_node", "2", slow, *flags)
+    wait_for(process, run / "metrics.jsonl")
+    for rank in children(process):
+        os.kill(rank, signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert len(list((run / "checkpoints").glob("step-????????/manifest.json"))) == 1, said
+
+
+def test_torchrun_stopped_saves_and_another_number_of_ranks_goes_on(whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = [*FLAGS, "--save-every", "992", *shared(whole), "--output-dir", str(run)]
+    process = launch(*TORCHRUN, "--standalone", "--nproc_per_node", "2", "train.py", *flags)
     wait_for(process, run / "metrics.jsonl")
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
