@@ -1,6 +1,7 @@
 """The README is true: its snippet runs, its commands exist, its tables name what there is."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -15,7 +16,8 @@ import evaluate
 import train
 from tests.conftest import ROOT, metrics, run_command
 from tests.judge_server import serve
-from verify import reproduce
+from verify import __main__ as checks
+from verify import bench, report, reproduce
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOXFILE = (ROOT / "noxfile.py").read_text(encoding="utf-8")
@@ -105,6 +107,20 @@ def test_the_tables_name_what_a_run_leaves(one_process):
         assert f"`{path.name}" in README, path.name
     for name in {key.split("/", 1)[1] if "/" in key else key for line in metrics(one_process) for key in line}:
         assert f"{name}`" in README or name in ("step", "examples"), name
+
+
+SHOWN = {
+    "verify.json": (checks, "python -m verify --readme README.md"),
+    "bench.json": (bench, "python -m verify.bench --readme README.md"),
+    "reproduce-tiny/report.json": (report, "python -m verify.report RUNS --output-dir DIR --readme README.md"),
+}
+
+
+@pytest.mark.parametrize("results", SHOWN)
+def test_the_tables_are_those_of_the_saved_results(results):
+    module, command = SHOWN[results]
+    saved = json.loads((checks.RESULTS / results).read_text(encoding="utf-8"))
+    assert README.split(module.BEGIN)[1].split(module.END)[0].strip() == module.short(saved), command
 
 
 def test_versions_tried_are_within_the_ranges_for_users():

@@ -217,12 +217,9 @@ def test_a_readme_without_marks_is_left_alone(grid, tmp_path, capsys):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_the_readme_shows_the_saved_report():
-    saved = ROOT / "verify" / "results" / "reproduce-tiny"
-    data = json.loads((saved / "report.json").read_text(encoding="utf-8"))
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = text.split(report.BEGIN)[1].split(report.END)[0].strip()
-    assert shown == report.short(data), "python -m verify.report RUNS --output-dir DIR --readme README.md"
+@pytest.mark.parametrize("scale", ["tiny"])
+def test_the_saved_reports_have_their_figures(scale):
+    saved = ROOT / "verify" / "results" / f"reproduce-{scale}"
     for figure in re.findall(r"!\[.*\]\((.*)\)", (saved / "report.md").read_text(encoding="utf-8")):
         assert (saved / figure).exists(), figure
 
