@@ -398,7 +398,10 @@ def test_when_a_rank_dies_the_others_stop_with_its_name(whole, tmp_path, record_
     os.kill(ranks[1], signal.SIGKILL)
     said, _ = process.communicate(timeout=60)
     record_property(
-        "message", next((line for line in said.splitlines() if "exitcode: -9" in line), "").split("failed ")[-1]
+        "message",
+        next((line for line in said.splitlines() if "exitcode: -9" in line), "")
+        .split("failed ")[-1]
+        .split(" of bin")[0],
     )
     assert process.returncode == 1
     assert f"exitcode: -9) local_rank: 1 (pid: {ranks[1]})" in said

@@ -217,7 +217,13 @@ def test_a_readme_without_marks_is_left_alone(grid, tmp_path, capsys):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-@pytest.mark.parametrize("scale", ["tiny"])
+def test_a_group_of_one_annotator_is_not_shown():
+    groups = {"old": {"clusters": 2}, "young": {"clusters": 1}}
+    kept = report.of_several({"age": {"groups": groups, "macro": 1.0}, "region": {"groups": {"west": {"clusters": 1}}}})
+    assert kept == {"age": {"groups": {"old": {"clusters": 2}}, "macro": 1.0}}
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small"])
 def test_the_saved_reports_have_their_figures(scale):
     saved = ROOT / "verify" / "results" / f"reproduce-{scale}"
     for figure in re.findall(r"!\[.*\]\((.*)\)", (saved / "report.md").read_text(encoding="utf-8")):

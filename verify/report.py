@@ -3,7 +3,7 @@
 With --readme README.md the short version, the statements and their verdicts, goes between the marks there.
 
 Writes report.md, report.html (one file, for reading) and figures (PNG, SVG), all from report.json, which holds every
-number shown. It holds no text and no person of the data sets: means of groups alone.
+number shown. It holds no text of the data sets and no group that is a single annotator.
 
 Intervals are 95 %. Of several seeds: Student's t over the seeds' values, a seed being another split of the data,
 another order and other held-out pairs. Of one seed: the cluster bootstrap over held-out pairs, as a normal interval
@@ -228,7 +228,8 @@ def read_margins(folder: Path) -> dict[str, Any] | None:
             for entry in kinds.values():
                 entry.pop("gain", None)  # kept with those over the other baseline
         named = found["subgroup_margins"]["sum"]
-        result["subgroup_margins"] = {a: renamed(entry, name_of) for a, entry in named.items()}
+        result["subgroup_margins"] = of_several({a: renamed(entry, name_of) for a, entry in named.items()})
+        result["groups_left_out"] = sum(g["clusters"] < 2 for entry in named.values() for g in entry["groups"].values())
         result["gains"], result["subgroup_gains"] = {}, {}
         for baseline in BASELINES:
             if baseline not in values:
@@ -236,9 +237,18 @@ def read_margins(folder: Path) -> dict[str, Any] | None:
             gains = {n: v["sum"] - values[baseline]["sum"] for n, v in values.items() if n not in (baseline, "sft")}
             result["gains"][baseline] = {n: evaluate.mean_interval(g, resamples) for n, g in gains.items()}
             if gains:
-                result["subgroup_gains"][baseline] = evaluate.subgroups(
-                    gains, found["labels"], resamples, found["min_group"]
-                )
+                groups = evaluate.subgroups(gains, found["labels"], resamples, found["min_group"])
+                result["subgroup_gains"][baseline] = of_several(groups)
+    return result
+
+
+def of_several(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Without the groups that are one annotator: a person, and no interval could be had."""
+    result = {}
+    for attribute, entry in attributes.items():
+        groups = {label: group for label, group in entry["groups"].items() if group["clusters"] > 1}
+        if groups:
+            result[attribute] = entry | {"groups": groups}
     return result
 
 
@@ -822,6 +832,14 @@ def blocks_of(data: dict[str, Any], found: list[Statement], figures: list[tuple[
         ("h2", "Data: what was truncated and dropped"),
         ("p", "Counts of the first seed; the test split is cut in the same way."),
         ("table", data_table(by_column)),
+        (
+            "p",
+            "Subgroups that are a single annotator, which are left out here and only part of the averages: "
+            + ", ".join(
+                f"{d}, {m}: {c[0]['margins']['groups_left_out']}" for (d, m), c in by_column.items() if c[0]["margins"]
+            )
+            + ".",
+        ),
         ("h2", "Time"),
         ("table", time_table(by_column)),
         ("h2", "Where and how"),
