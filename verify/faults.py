@@ -239,14 +239,20 @@ def markdown(result: dict[str, Any]) -> str:
             for name, r in result["tests"].items()
         ]
     if "cost" in result:
-        none = statistics.median(result["cost"][-1]["seconds"])
-        lines += ["", "Time of the demo's training loop (0.9 M parameters, CPU), by updates between checkpoints:", ""]
-        lines += ["| updates between | seconds an update | against one at the end | of it, handing over |"]
+        none = result["cost"][-1]["seconds"]
+        lines += [
+            "",
+            "Time of the demo's training loop (0.9 M parameters, CPU), by updates between checkpoints; medians:",
+            "",
+        ]
+        lines += ["| updates between | seconds an update | ratio to one at the end, in turn | of it, handing over |"]
         lines += ["|---|---|---|---|"]
         for row in result["cost"]:
             each, handing = (statistics.median(row[name]) / row["updates"] for name in ("seconds", "handing_over"))
+            ratios = [a / b for a, b in zip(row["seconds"], none, strict=True)]
             name = "one at the end" if row["updates_between"] > row["updates"] else row["updates_between"]
-            lines.append(f"| {name} | {each:.3f} | {each * row['updates'] / none:.3f} | {handing:.4f} |")
+            shown = f"{statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            lines.append(f"| {name} | {each:.3f} | {shown} | {handing:.4f} |")
     if "soak" in result:
         s = result["soak"]
         lines += ["", f"Soak: two ranks, {s['updates']:,} updates, every one logged once and in order: "
