@@ -319,6 +319,7 @@ def load_pyplot() -> Any:
 
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.fonttype": "none"}
     plt.rcParams |= {"axes.prop_cycle": plt.cycler(color=COLORS), "savefig.bbox": "tight", "savefig.dpi": 150}
+    plt.rcParams |= {"svg.hashsalt": "mixdpo"}  # the same figure gives the same bytes
     plt.rcParams |= {"text.parse_math": False}  # a label such as $20,000 to $40,000 is no formula
     return plt
 
@@ -328,7 +329,7 @@ def save_figure(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "svg"):
         aside = path.with_name(f"{path.name}.tmp.{suffix}")
-        figure.savefig(aside)
+        figure.savefig(aside, metadata={"Date": None} if suffix == "svg" else None)
         os.replace(aside, path.with_name(f"{path.name}.{suffix}"))
 
 
@@ -439,7 +440,8 @@ def draw_densities(runs: dict[str, Path], path: Path) -> None:
             learned = read_json(run / "strength.json")
             if (family := learned["family"]) == "dpo":
                 continue
-            axis.plot(beta, density(family, learned, beta), color=color, label=name)
+            label = f"{name}: mean {learned['mean']:.3f}, cv {learned['cv']:.3f}"
+            axis.plot(beta, density(family, learned, beta), color=color, label=label)
         with reading(run / "config.json"):
             axis.plot(beta, density(family, read_json(run / "config.json"), beta), color=color, linestyle=":")
     axis.set(xlabel="beta", ylabel="density (dotted: initial)", xlim=(0, 0.5), ylim=(0, None))
