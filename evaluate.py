@@ -440,8 +440,8 @@ def draw_densities(runs: dict[str, Path], path: Path) -> None:
             learned = read_json(run / "strength.json")
             if (family := learned["family"]) == "dpo":
                 continue
-            label = f"{name}: mean {learned['mean']:.3f}, cv {learned['cv']:.3f}"
-            axis.plot(beta, density(family, learned, beta), color=color, label=label)
+            curve = density(family, learned, beta)
+            axis.plot(beta, curve, color=color, label=f"{name}: mean {learned['mean']:.3f}, cv {learned['cv']:.3f}")
         with reading(run / "config.json"):
             axis.plot(beta, density(family, read_json(run / "config.json"), beta), color=color, linestyle=":")
     axis.set(xlabel="beta", ylabel="density (dotted: initial)", xlim=(0, 0.5), ylim=(0, None))
