@@ -813,7 +813,8 @@ def command_generate(args: argparse.Namespace, world: World) -> None:
                 raise UserError(f"{policy} and {first} tokenise the prompts differently: generate them apart")
             answer_here(policy, prompts, tokenised, settings, part, world)
         elif world.rank == 0:
-            lost = answer_there(servers[name], prompts, settings, part, args.concurrency, world)
+            with contextlib.closing(servers[name].client):
+                lost = answer_there(servers[name], prompts, settings, part, args.concurrency, world)
         if world.rank == 0:
             parts = parts_of(path)
             rows = {id: row for p in parts for id, row in answers_in(p).items()}
@@ -1019,40 +1020,41 @@ def command_judge(args: argparse.Namespace, world: World) -> None:
     setting = {"model": args.judge_model, "url": args.judge_url, "template": template, "parameters": PARAMETERS}
     setting |= {"seed": args.seed, "both_orders": args.both_orders}
     withheld = []
-    for path, answers in policies.items():
-        requests: dict[str, list[dict[str, str]]] = {}
-        wanted: dict[str, list[tuple[str, bool]]] = {}  # per prompt (key, whether the policy is shown first)
-        for name, row in answers.items():
-            texts = [baseline[name]["output"], row["output"]]
-            orders = [False, True] if args.both_orders else [uniform(args.seed, f"order of {name}") < 0.5]
-            wanted[name] = []
-            for switched in orders if texts[0] != texts[1] else ():
-                first, second = reversed(texts) if switched else texts
-                messages = fill(template, {"instruction": row["instruction"], "first": first, "second": second})
-                key = digest("judgement", server.model, server.url, messages, PARAMETERS, switched)
-                requests[key] = messages
-                wanted[name].append((key, switched))
-        before = Counter(server.calls)
-        judgements, lost = judge_policy(server, requests, output / "cache.jsonl", args.concurrency, world)
-        rows = [
-            judged_row(name, answers[name], baseline[name], [(judgements.get(k), s) for k, s in wanted[name]])
-            for name in answers
-        ]
-        generator, other = (Path(name).stem for name in (path, args.baseline))
-        answered_by = sorted({f"{j['model']} {j['fingerprint'] or ''}".strip() for j in judgements.values()})
-        tokens = {k: sum(j[k] for j in judgements.values()) for k in ("prompt_tokens", "completion_tokens")}
-        result = {
-            "policy": generator,
-            "baseline": other,
-            "run": runs[path],
-            "judge": setting | {"answered_by": answered_by},
-            "tokens": tokens,
-            "usd": np.dot([*tokens.values()], args.prices) / 1e6 if args.prices else None,
-            "lost": lost,
-            "rows": rows,
-        }
-        write_json(output / f"{generator}-vs-{other}.json", result)
-        withheld.append(report(result, judgements, server.calls - before, output / f"{generator}-vs-{other}.json"))
+    with contextlib.closing(server.client):
+        for path, answers in policies.items():
+            requests: dict[str, list[dict[str, str]]] = {}
+            wanted: dict[str, list[tuple[str, bool]]] = {}  # per prompt (key, whether the policy is shown first)
+            for name, row in answers.items():
+                texts = [baseline[name]["output"], row["output"]]
+                orders = [False, True] if args.both_orders else [uniform(args.seed, f"order of {name}") < 0.5]
+                wanted[name] = []
+                for switched in orders if texts[0] != texts[1] else ():
+                    first, second = reversed(texts) if switched else texts
+                    messages = fill(template, {"instruction": row["instruction"], "first": first, "second": second})
+                    key = digest("judgement", server.model, server.url, messages, PARAMETERS, switched)
+                    requests[key] = messages
+                    wanted[name].append((key, switched))
+            before = Counter(server.calls)
+            judgements, lost = judge_policy(server, requests, output / "cache.jsonl", args.concurrency, world)
+            rows = [
+                judged_row(name, answers[name], baseline[name], [(judgements.get(k), s) for k, s in wanted[name]])
+                for name in answers
+            ]
+            generator, other = (Path(name).stem for name in (path, args.baseline))
+            answered_by = sorted({f"{j['model']} {j['fingerprint'] or ''}".strip() for j in judgements.values()})
+            tokens = {k: sum(j[k] for j in judgements.values()) for k in ("prompt_tokens", "completion_tokens")}
+            result = {
+                "policy": generator,
+                "baseline": other,
+                "run": runs[path],
+                "judge": setting | {"answered_by": answered_by},
+                "tokens": tokens,
+                "usd": np.dot([*tokens.values()], args.prices) / 1e6 if args.prices else None,
+                "lost": lost,
+                "rows": rows,
+            }
+            write_json(output / f"{generator}-vs-{other}.json", result)
+            withheld.append(report(result, judgements, server.calls - before, output / f"{generator}-vs-{other}.json"))
     if any(withheld):
         raise UserError("no rate: " + "; ".join(filter(None, withheld)))
 

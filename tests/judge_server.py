@@ -4,6 +4,7 @@ The judge prefers the longer answer, p(first) = sigma((length of first - length 
 whatever the order. `plan` maps a prompt (a word in its text) to the faults of its first requests, in turn.
 """
 
+import gc
 import json
 import math
 import socket
@@ -133,6 +134,7 @@ def serve(
         finally:
             server.shutdown()
             thread.join()
+            gc.collect()  # a connection that was left open fails the test that left it, not a later one
 
 
 if __name__ == "__main__":  # python -m tests.judge_server SECONDS: prints its URL, answers after that delay

@@ -34,6 +34,10 @@ def test_it_measures_every_candidate(monkeypatch, tmp_path):
     assert measured["tokens"]["each once"] < measured["tokens"]["without padding"] <= measured["tokens"]["padded"]
     assert all(ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in measured["over_padded"].values())
     assert measured["over_padded"]["padded"]["median"] == 1
+    sweep = measured["sweep"]
+    assert len(sweep["seconds"]["padded"]) == len(sweep["seconds"]["ours"]) == 9
+    whole = sweep["seconds"]["reference pass"] + sum(sweep["seconds"]["ours"])
+    assert sweep["over_padded"] == pytest.approx(whole / sum(sweep["seconds"]["padded"]), rel=1e-2)
 
 
 def test_gpu_benchmark_needs_a_gpu_or_the_tiny_shape(tmp_path, capsys, monkeypatch):

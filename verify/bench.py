@@ -26,7 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,11 @@ from transformers import AutoModelForCausalLM
 import train
 from mixdpo import dpo_loss
 from verify.__main__ import RESULTS, into_readme, write
+from verify.reproduce import CONFIGURATIONS
 from verify.small_model import configuration, train_tokenizer
 
 ROUNDS = 5
+UPDATES = 2  # of every run of the sweep
 PAIRS, MAX_LENGTH, MAX_PROMPT_LENGTH = 64, 128, 64  # the paper's batch and lengths
 MODELS = ("llama", "gpt_neox")
 HIDDEN, LAYERS, VOCABULARY = 256, 5, 6144  # of the parameters the head has 27 %, in Llama-3.2-1B 21 %
@@ -129,13 +132,14 @@ def ours(
     pairs: train.Pairs,
     index: list[int],
     world: train.World,
-    dist: str = "dpo",
+    flags: Sequence[str] = (),
     dtype: str = "float32",
     budget: int = 0,
     cached: bool = True,
+    reference_logps: Tensor | None = None,
 ) -> dict[str, Any]:
     """The functions of train.py, as train() calls them; budget: tokens of a micro-batch, 0 for the default."""
-    config = train.parse_config(["--dist", dist, "--policy-dtype", dtype, "--micro-batch-tokens", str(budget)])
+    config = train.parse_config([*flags, "--policy-dtype", dtype, "--micro-batch-tokens", str(budget)])
     if not budget:
         architecture = train.model_config(str(folder))
         config = train.dataclasses.replace(config, micro_batch_tokens=train.micro_batch_tokens(architecture, 0, world))
@@ -146,7 +150,6 @@ def ours(
     if list(strength.parameters()):
         groups.append({"params": list(strength.parameters()), "lr": config.beta_lr})
     optimizer, _schedule = train.optimizer_for(groups, config.warmup)
-    reference_logps = torch.zeros(len(pairs), 2)
     count = iter(range(1, 10**6))
 
     def score(model: nn.Module) -> Tensor:
@@ -154,7 +157,9 @@ def ours(
         logps = train.score_all(model, some, len(index), config.micro_batch_tokens, world, "reference")
         return torch.from_numpy(logps).float()
 
-    reference_logps[index] = score(network)
+    if reference_logps is None:
+        reference_logps = torch.zeros(len(pairs), 2)
+        reference_logps[index] = score(network)
 
     def step() -> None:
         if reference is not None:
@@ -318,7 +323,8 @@ def candidate(name: str, folder: Path, pairs: train.Pairs, index: list[int], wor
         return trl_step(folder, pairs, index, setting.removesuffix(", 8 pairs at once"), 8 * ("8 pairs" in setting))
     if kind == "padded":
         return padded(folder, pairs, index)
-    options: dict[str, Any] = {"dist": next((d for d in ("lognormal", "gamma") if d in setting), "dpo")}
+    flags = [f for d in ("lognormal", "gamma") if d in setting for f in ("--dist", d)]
+    options: dict[str, Any] = {"flags": flags}
     options |= {"dtype": "bfloat16" if "bfloat16" in setting else "float32", "cached": "no cache" not in setting}
     # One micro-batch, as the baseline has one.
     options["budget"] = 10**6 if "whole batch" in setting else 0
@@ -385,18 +391,44 @@ def measure_model(name: str, folder: Path, world: train.World, rounds: int, with
         "of_limit": {n: ratio(times["limit"], times[n]) for n in times if "bfloat16" not in n and n != "limit"},
         "over_dpo": {n: ratio(dists[n], dists[""]) for n in ("lognormal", "gamma")},
         "over_trl": {n: ratio(times["ours, cached"], times[n]) for n in names if n.startswith("TRL")},
-        # Not nine runs but their parts: one reference pass, one DPO run and four each of LogNormal and Gamma, from the
-        # steps of each; evaluation is in neither.
-        "sweep": ratio(
-            list(
-                np.array(times["reference pass"])
-                + np.array(times["ours, cached"])
-                + 4 * np.array(times["ours, cached, lognormal"])
-                + 4 * np.array(times["ours, cached, gamma"])
-            ),
-            list(9 * np.array(times["padded"])),
-        ),
+        "sweep": measure_sweep(folder, world),
         "memory": {n: own_process("--memory", n, "--model", str(folder)) for n in memory},
+    }
+
+
+def measure_sweep(folder: Path, world: train.World) -> dict[str, Any]:
+    """Seconds of the paper's nine configurations: ours from one reference pass, against nine padded runs with their own
+    reference model, in turn. Each run loads its models and makes UPDATES updates, each on other pairs."""
+    pairs = load_pairs(folder, UPDATES * PAIRS)
+    batches = [list(range(start, start + PAIRS)) for start in range(0, len(pairs), PAIRS)]
+    index = batches[0].copy()
+
+    def run(make: Callable[[], dict[str, Any]]) -> float:
+        gc.collect()
+        began = time.perf_counter()
+        step = make()["step"]
+        for batch in batches:
+            index[:] = batch
+            step()
+        return time.perf_counter() - began
+
+    began = time.perf_counter()
+    reference = train.load_model(str(folder), "float32", world, pairs)
+    budget = train.micro_batch_tokens(train.model_config(str(folder)), 0, world)
+    logps = train.score_all(reference, pairs, PAIRS, budget, world, "reference")
+    del reference
+    seconds: dict[str, Any] = {"reference pass": time.perf_counter() - began, "padded": [], "ours": []}
+    for name, flags in CONFIGURATIONS.items():
+        if name != "dpo-matched":  # a tenth, of ours
+            seconds["padded"].append(run(lambda: padded(folder, pairs, index)))
+            cached = torch.from_numpy(logps).float()
+            seconds["ours"].append(run(partial(ours, folder, pairs, index, world, flags, reference_logps=cached)))
+            print(f"sweep, {name}: padded {seconds['padded'][-1]:.2f}, ours {seconds['ours'][-1]:.2f}", flush=True)
+    whole = seconds["reference pass"] + sum(seconds["ours"])
+    return {
+        "updates": UPDATES,
+        "seconds": {n: np.round(t, 4).tolist() for n, t in seconds.items()},
+        "over_padded": round(whole / sum(seconds["padded"]), 4),
     }
 
 
@@ -465,7 +497,7 @@ def goals(result: dict[str, Any]) -> list[tuple[str, float, dict[str, float]]]:
         ),
         ("memory / padded, default micro-batches", 0.15, memory("ours, cached")),
         ("memory / padded, one micro-batch", 0.75, memory("ours, cached, whole batch")),
-        ("nine-run sweep / nine padded runs (from the parts)", 0.36, each(lambda m: m["sweep"]["median"])),
+        ("nine-run sweep / nine padded runs", 0.36, each(lambda m: m["sweep"]["over_padded"])),
         ("lognormal step / dpo step", 1.01, each(lambda m: m["over_dpo"]["lognormal"]["median"])),
         ("gamma step / dpo step", 1.01, each(lambda m: m["over_dpo"]["gamma"]["median"])),
     ]
@@ -513,6 +545,13 @@ def markdown(result: dict[str, Any]) -> str:
         header = ["step", "seconds", "over padded", "limit over it", "log-probs differ by at most", "memory, MiB"]
         lines += [table(header, rows), ""]
         lines += [f"In one micro-batch ours takes {m['memory']['ours, cached, whole batch'] / 2**20:,.0f} MiB.", ""]
+        sweep = m["sweep"]["seconds"]
+        lines += [
+            f"The paper's nine configurations, {m['sweep']['updates']} updates each: ours {sum(sweep['ours']):.1f} s "
+            f"and {sweep['reference pass']:.1f} s for the one reference pass, nine padded runs "
+            f"{sum(sweep['padded']):.1f} s. Loading the models is within, evaluation in neither.",
+            "",
+        ]
         dists = [[n, *(f"{r[k]:.3f}" for k in ("median", "low", "high"))] for n, r in m["over_dpo"].items()]
         lines += [table(["step over that of dpo", "median", "lower quartile", "upper"], dists), ""]
     rows = []

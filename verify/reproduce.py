@@ -11,6 +11,7 @@ Exit status: 0, 1 if a run failed, 2 for a mistake in what was asked for, 75 if 
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -323,7 +324,8 @@ def probe_judge(args: argparse.Namespace) -> None:
     server = evaluate.connect("--judge-url", args.judge_url, args.judge_model, args.key_env)
     texts = {"instruction": "Which is larger?", "first": "two", "second": "one"}
     try:
-        found = evaluate.judge_once(server, evaluate.fill(evaluate.TEMPLATE, texts))
+        with contextlib.closing(server.client):
+            found = evaluate.judge_once(server, evaluate.fill(evaluate.TEMPLATE, texts))
     except evaluate.Lost as e:
         raise UserError(
             f"--judge-url {args.judge_url} does not judge ({e}): start it, or leave the flag out; nothing was trained"
