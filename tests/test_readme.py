@@ -11,13 +11,17 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from transformers import AutoModelForCausalLM
 
 import evaluate
 import train
-from tests.conftest import ROOT, metrics, run_command
+from tests.conftest import ROOT, in_process, metrics, run_command
 from tests.judge_server import serve
+from tests.test_data import PERSON, utterance, write_prism
+from tests.test_train import write_hh
 from verify import __main__ as checks
 from verify import bench, report, reproduce
+from verify.small_model import configuration
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOXFILE = (ROOT / "noxfile.py").read_text(encoding="utf-8")
@@ -94,12 +98,37 @@ def test_torchrun_as_the_readme_has_it(tmp_path):
     assert "Gamma(concentration=" in done.stdout
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("nox -s reproduce")])
-def test_the_grids_of_the_readme_are_understood(command):
+GRIDS = [c for c in COMMANDS if c.startswith("nox -s reproduce")]
+
+
+@pytest.mark.parametrize("command", GRIDS)
+def test_the_grids_of_the_readme_run(command, small_grid, tmp_path, monkeypatch, capsys):
+    """As they stand but for one seed and short runs; a small model answers to the large one's name, and rows in the
+    layouts of the data sets to theirs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIXDPO_DATA", str(tmp_path))
+    tokenizer = train.byte_tokenizer()
+    network = AutoModelForCausalLM.from_config(configuration("gpt_neox", 64, 2, len(tokenizer)))
+    for part in (network, tokenizer):
+        part.save_pretrained("EleutherAI/pythia-2.8b")
+    talk = "\n\nHuman: question {0}\n\nAssistant: {1} {0}"
+    write_hh(tmp_path / "hh-rlhf", [(talk.format(i, "yes"), talk.format(i, "no")) for i in range(200)], "train")
+    write_hh(tmp_path / "hh-rlhf", [(talk.format(i, "yes"), talk.format(i, "no")) for i in range(200, 260)])
+    people = {f"user{i}": PERSON for i in range(30)}
+    turns = [
+        utterance(f"c{i}-{k}", 0, f"answer {k} {chosen}", chosen, f"user{i}")
+        for i in range(30)
+        for k in range(12)
+        for chosen in (True, False)
+    ]
+    write_prism(tmp_path / "prism-alignment", turns, people)
     words = shlex.split(command)
-    args = reproduce.parse(words[words.index("--") + 1 :])
-    assert args.scale in words
-    assert args.seeds == int(words[-1])
+    words = words[words.index("--") + 1 :]
+    assert reproduce.main([*words, "--seeds", "1"], in_process) == 0, capsys.readouterr()
+    (output,) = (tmp_path / "runs").iterdir()
+    assert len(list(output.glob("*/*/strength.json"))) == 2 * 3  # data sets, configurations
+    assert (output / "report" / "report.html").exists()
+    assert reproduce.parse(words).seeds > 1
 
 
 def test_the_tables_name_what_a_run_leaves(one_process):

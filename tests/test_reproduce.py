@@ -14,40 +14,10 @@ from threading import Thread
 import pytest
 
 import evaluate
-import train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, in_process
 from tests.judge_server import serve
 from verify import report, reproduce
 from verify.report import CANNOT, DOES_NOT, HOLDS, Measured
-
-SMALL = "--preset tiny --max-pairs 64 --eval-pairs 8 --batch-size 32 --eval-every 32 --sft-epochs 1".split()
-SMALL += "--max-length 96 --micro-batch-tokens 2048 --warmup 2".split()
-
-
-def in_process(command: list[str], log: Path) -> int:
-    """As reproduce.start, without the seconds that a new process takes."""
-    program = {"train.py": train.main, "evaluate.py": evaluate.main}[command[0]]
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-        status = program(command[1:])
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as f:
-        f.write(text.getvalue())
-    return status
-
-
-@pytest.fixture(scope="session")
-def small_grid():
-    """Three configurations, two data sets, few pairs, so that a grid takes seconds."""
-    patch = pytest.MonkeyPatch()
-    names = ("dpo", "dpo-matched", "gamma-1e-4")
-    for name in set(reproduce.CONFIGURATIONS) - set(names):
-        patch.delitem(reproduce.CONFIGURATIONS, name)
-    scale = reproduce.Scale(["tiny"], ["demo-0", "demo-1.5"], SMALL, "for tests")
-    patch.setitem(reproduce.SCALES, "tiny", scale)
-    patch.setattr(reproduce, "HELD_OUT", 48)
-    yield
-    patch.undo()
 
 
 class Counting:
@@ -64,7 +34,7 @@ class Counting:
         return in_process(command, log)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def grid(small_grid, tmp_path_factory):
     """A grid in which one run failed; then the same with one seed more."""
     output = tmp_path_factory.mktemp("grid") / "runs"
