@@ -8,7 +8,8 @@ of its own for each. Before anything is timed, the log-probs of all candidates a
                same forward of the reference model
     TRL        DPOTrainer.training_step, as installed: its defaults (bfloat16 autocast, activation checkpointing), in
                float32, and "compact": scoring response positions only, as it does on a GPU
-    ours       train.py's own functions: with the reference scored in each step, or taken from the cache
+    ours       train.py's own functions at its defaults, so with Gamma: with the reference scored in each step, or taken
+               from the cache
     limit      the matrix products of a step that computes every token once, and nothing else
 
 With MIXDPO_DATA the pairs are HH's (the folder holds hh-rlhf), else the demo's. TRL is left out where it is not
@@ -169,7 +170,8 @@ def ours(
         optimizer.step()
         optimizer.zero_grad()
 
-    return {"step": step, "logps": lambda: score(network).T, "score": lambda: score(network)}
+    made = {"step": step, "logps": lambda: score(network).T, "score": lambda: score(network)}
+    return made | {"strength": strength}
 
 
 def trl_step(folder: Path, pairs: train.Pairs, index: list[int], setting: str, micro_batch: int = 0) -> dict[str, Any]:
@@ -323,9 +325,10 @@ def candidate(name: str, folder: Path, pairs: train.Pairs, index: list[int], wor
         return trl_step(folder, pairs, index, setting.removesuffix(", 8 pairs at once"), 8 * ("8 pairs" in setting))
     if kind == "padded":
         return padded(folder, pairs, index)
-    flags = [f for d in ("lognormal", "gamma") if d in setting for f in ("--dist", d)]
-    options: dict[str, Any] = {"flags": flags}
-    options |= {"dtype": "bfloat16" if "bfloat16" in setting else "float32", "cached": "no cache" not in setting}
+    options: dict[str, Any] = {
+        "dtype": "bfloat16" if "bfloat16" in setting else "float32",
+        "cached": "no cache" not in setting,
+    }
     # One micro-batch, as the baseline has one.
     options["budget"] = 10**6 if "whole batch" in setting else 0
     return ours(folder, pairs, index, world, **options)
@@ -356,8 +359,7 @@ def measure_memory(name: str, folder: Path, world: train.World) -> int:
 def measure_model(name: str, folder: Path, world: train.World, rounds: int, with_trl: bool) -> dict[str, Any]:
     pairs = load_pairs(folder, PAIRS)
     index = list(range(PAIRS))
-    names = ["padded", "ours, no cache", "ours, cached", "ours, cached, lognormal", "ours, cached, gamma"]
-    names += ["ours, no cache, bfloat16", "ours, cached, bfloat16"]
+    names = ["padded", "ours, no cache", "ours, cached", "ours, no cache, bfloat16", "ours, cached, bfloat16"]
     if with_trl:
         names += ["TRL, defaults", "TRL, float32", "TRL, compact, cached", "TRL, compact, cached, 8 pairs at once"]
     made = {n: candidate(n, folder, pairs, index, world) for n in names}
@@ -371,8 +373,6 @@ def measure_model(name: str, folder: Path, world: train.World, rounds: int, with
     steps["limit"] = matmul_limit(plain_model(folder), pairs, index, budget)
     print(f"{name}: log-probs differ from those of the padded forward by at most {apart}", flush=True)
     times = in_turn(steps, rounds)
-    # The losses differ by less than the noise of a round: more rounds, of these alone.
-    dists = in_turn({d: made[f"ours, cached{d and ', ' + d}"]["step"] for d in ("", "lognormal", "gamma")}, 4 * rounds)
     memory = ["padded", "ours, cached", "ours, cached, whole batch"] + (names[-2:] if with_trl else [])
     lengths = np.array(pairs.lengths)
     prompts = np.array([len(p) for p in pairs.prompts])
@@ -389,11 +389,20 @@ def measure_model(name: str, folder: Path, world: train.World, rounds: int, with
         "seconds": {n: round(float(np.median(t)), 4) for n, t in times.items()},
         "over_padded": {n: ratio(t, times["padded"]) for n, t in times.items()},
         "of_limit": {n: ratio(times["limit"], times[n]) for n in times if "bfloat16" not in n and n != "limit"},
-        "over_dpo": {n: ratio(dists[n], dists[""]) for n in ("lognormal", "gamma")},
+        "over_dpo": own_process("--losses", "--rounds", str(rounds), "--model", str(folder)),
         "over_trl": {n: ratio(times["ours, cached"], times[n]) for n in names if n.startswith("TRL")},
         "sweep": measure_sweep(folder, world),
         "memory": {n: own_process("--memory", n, "--model", str(folder)) for n in memory},
     }
+
+
+def measure_losses(folder: Path, world: train.World, rounds: int) -> dict[str, Any]:
+    """Steps of the mixtures over those of DPO. They differ by less than the noise of a round: more rounds."""
+    pairs, index = load_pairs(folder, PAIRS), list(range(PAIRS))
+    names = ("dpo", "lognormal", "gamma")
+    made = {name: ours(folder, pairs, index, world, ["--dist", name]) for name in names}
+    times = in_turn({name: m["step"] for name, m in made.items()}, 4 * rounds)
+    return {name: ratio(times[name], times["dpo"]) for name in names[1:]}
 
 
 def measure_sweep(folder: Path, world: train.World) -> dict[str, Any]:
@@ -580,6 +589,7 @@ def main() -> int:
     parser.add_argument("--readme", type=Path, help="only write the tables of the saved results, here too")
     parser.add_argument("--memory", metavar="NAME", help=argparse.SUPPRESS)
     parser.add_argument("--step", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--losses", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     train.quiet_libraries()
@@ -593,6 +603,9 @@ def main() -> int:
     with train.start_processes() as world:
         if args.memory:
             print(measure_memory(args.memory, args.model, world))
+            return 0
+        if args.losses:
+            print(json.dumps(measure_losses(args.model, world, args.rounds)))
             return 0
         if args.step:
             pairs = load_pairs(args.model, PAIRS)
